@@ -1,0 +1,254 @@
+"""Settings: their names, defaults, units and limits, stated once; the command-line flags are made from them."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+
+import click
+
+
+class UserError(click.ClickException):
+    """Something in the user's files, machine or flags. The message names it and ends with what to type next."""
+
+
+def option(default, help, *, min=None, max=None, above=None, below=None, choices=None, group=None):
+    """A dataclass field that knows its help line and its limits; `group` starts a new section in --help."""
+    limits = dict(min=min, max=max, above=above, below=below, choices=choices)
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, **limits))
+
+
+def allowed_values(field):
+    """The limits of a field in words, '' where every value of its type will do."""
+    m = field.metadata
+    words = [("at least", "min"), ("above", "above"), ("at most", "max"), ("below", "below")]
+    bounds = " and ".join(f"{word} {m[key]:g}" for word, key in words if m[key] is not None)
+    choices = ", ".join(m["choices"] or ())
+    return f"{bounds}, or {choices}" if bounds and choices else bounds or choices and f"one of {choices}"
+
+
+def value_types(field):
+    """The types that a field takes: `int | str` gives (int, str), `float` gives (float,)."""
+    return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+
+
+def check_value(field, value):
+    """Raise UserError unless `value` has the field's type and lies within its limits."""
+    m, kinds = field.metadata, value_types(field)
+    accepted = kinds + (int,) if float in kinds else kinds
+    right_type = isinstance(value, accepted) and (bool in kinds or not isinstance(value, bool))
+    if isinstance(value, str) or not right_type:
+        within = right_type and (not m["choices"] or value in m["choices"])
+    else:
+        bounds = [("min", lambda v, b: v >= b), ("above", lambda v, b: v > b),
+                  ("max", lambda v, b: v <= b), ("below", lambda v, b: v < b)]
+        # NaN compares false with every bound, so a field with a bound refuses it.
+        within = value is None or all(m[key] is None or holds(value, m[key]) for key, holds in bounds)
+    if not within:
+        names = " or ".join("a whole number" if k is int else "a number" if k is float else
+                            "text" if k is str else "yes or no" if k is bool else "nothing" for k in kinds)
+        may_be = allowed_values(field) if right_type and allowed_values(field) else names
+        raise UserError(f"{field.name} is {value!r}; it must be {may_be}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of the settings: checked when made, frozen afterwards."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+
+
+@dataclass(frozen=True)
+class GPTConfig(Settings):
+    """Shape of the network. The defaults are the 12.29 M parameter model."""
+
+    block_size: int = option(256, "context length, in tokens", min=2, max=65536, group="Model")
+    vocab_size: int = option(4096, "tokens in the vocabulary; taken from the prepared corpus", min=260, max=65536)
+    n_layer: int = option(6, "transformer blocks", min=1, max=256)
+    n_head: int = option(6, "attention heads per block; must divide n-embd", min=1, max=256)
+    n_embd: int = option(384, "width of the residual stream", min=8, max=16384)
+    intermediate_size: int = option(1024, "hidden width of the SwiGLU layer", min=8, max=65536)
+    dropout: float = option(0.0, "share of activations dropped in training", min=0.0, below=1.0)
+    bias: bool = option(False, "biases in the linear layers")
+    position: str = option("learned", "how token order is encoded", choices=("learned", "rotary"))
+    qk_norm: bool = option(False, "RMS-normalise queries and keys in each head")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd is {self.n_embd}; it must be a multiple of n_head ({self.n_head}).")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise UserError(f"n_head is {self.n_head}, so a head is {self.n_embd // self.n_head} wide; "
+                            "rotary positions need an even width.")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """How a run learns, what it may use, and when it reports."""
+
+    data_dir: str = option("data", "folder of the prepared corpus", group="Folders")
+    out_dir: str = option("out", "folder for checkpoints, metrics and the resolved settings")
+
+    tokens_per_iter: int = option(65536, "tokens per iteration (the learning dial)", min=2, group="Learning")
+    max_iters: int = option(30000, "iterations, each one optimizer update", min=1)
+    optimizer: str = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
+                            choices=("adamw", "muon"))
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW", above=0, max=10)
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, max=10)
+    schedule: str = option("cosine", "after the warmup: cosine decay, or constant and then linear decay (wsd)",
+                           choices=("cosine", "wsd"))
+    min_lr: float = option(2e-4, "AdamW's learning rate at the end; Muon's falls by the same factor", min=0, max=10)
+    warmup_iters: int = option(200, "iterations of linear warmup (at most a tenth of max-iters)", min=0)
+    decay_share: float = option(0.4, "wsd: share of the run that decays", min=0, max=1)
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", min=0, max=100)
+    beta1: float = option(0.9, "AdamW: decay of the gradient's running mean", min=0, below=1)
+    beta2: float = option(0.95, "AdamW: decay of the squared gradient's running mean", min=0, below=1)
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip", min=0)
+    align_stories: bool = option(False, "start every training window at a story's first token")
+    seed: int = option(1337, "seed of weights, data order and dropout", min=0, max=2**63 - 1)
+
+    batch_size: int | str = option(32, "sequences per forward pass (the memory dial: halve it when memory runs "
+                                   "out; learning stays the same), or auto", min=1, choices=("auto",),
+                                   group="Memory and speed")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option("auto", "precision of the matrix products; auto is float16 on CUDA, float32 elsewhere",
+                        choices=("auto", "float32", "float16", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA with Triton, when the run is long enough to gain",
+                          choices=("auto", "on", "off"))
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+
+    log_interval: int = option(10, "iterations between two lines of the log", min=1, group="Reports and saving")
+    eval_interval: int = option(250, "iterations between two evaluations", min=1)
+    eval_tokens: int = option(65536, "validation tokens read at an evaluation; 0 reads all", min=0)
+    final_eval_tokens: int = option(0, "the same after the last iteration; 0 reads all", min=0)
+    sample_tokens: int = option(200, "length of the story printed at an evaluation; 0 prints none", min=0)
+    save_minutes: float = option(10.0, "minutes between two saves, beside those at evaluations", above=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"min_lr is {self.min_lr}; it must be at most learning_rate ({self.learning_rate}).")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Settings):
+    """How the next token is chosen."""
+
+    max_new_tokens: int = option(200, "longest continuation, in tokens", min=1, group="Sampling")
+    temperature: float = option(0.6, "below 1 is safer, above 1 is wilder; 0 takes the likeliest token",
+                                min=0, max=100)
+    top_k: int = option(20, "keep the k likeliest tokens; 0 keeps all", min=0)
+    top_p: float = option(1.0, "keep the likeliest tokens that together reach this probability", above=0, max=1)
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", min=0, max=1)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens already used less likely", min=1, max=100)
+    repetition_window: int = option(64, "how many of the last tokens the penalty looks at", min=1)
+    dry_multiplier: float = option(0.0, "above 0 penalises repeating a phrase word for word (DRY)", min=0, max=100)
+    dry_base: float = option(1.75, "DRY: growth of the penalty per repeated token", min=1, max=100)
+    dry_allowed_length: int = option(3, "DRY: tokens that may repeat freely", min=1)
+    seed: int | None = option(None, "repeats exactly the same text; random if not given", min=0, max=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class CorpusConfig(Settings):
+    """Which text is prepared, and how."""
+
+    dataset: str = option("roneneldan/TinyStories", "a name on the Hugging Face Hub, a local folder or file "
+                          "(parquet, json, jsonl, csv, txt), or sample, the built-in corpus", group="Corpus")
+    text_field: str = option("text", "the column that holds the text")
+    vocab_size: int | None = option(None, "tokens in the vocabulary  [default: 4096; 512 for sample]",
+                                    min=260, max=65536)
+    num_files: int = option(50, "the corpus is cut into 50 equal files; use the first N", min=1, max=50)
+    sample_rate: float = option(1.0, "share of the stories of those files to keep", above=0, max=1)
+    seed: int = option(1337, "seed of the choice of stories", min=0, max=2**63 - 1)
+    data_dir: str = option("data", "folder for the prepared corpus")
+
+
+# What each preset changes in GPTConfig and TrainConfig. A flag on the command line wins over its preset.
+PRESETS = {
+    "rtx3050": {},
+    "llama": dict(position="rotary"),
+    "demo": dict(block_size=160, n_layer=3, n_head=4, n_embd=128, intermediate_size=256, position="rotary",
+                 qk_norm=True, align_stories=True, tokens_per_iter=5120, batch_size=32, max_iters=500,
+                 learning_rate=3e-3, min_lr=0.0, warmup_iters=50, eval_interval=100, eval_tokens=20000),
+}
+
+
+def restore(cls, values, where):
+    """Settings of class `cls` from a saved dict. `where` names the file in the UserError for keys that are not ours."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        strange = sorted(set(values) - known) if isinstance(values, dict) else values
+        raise UserError(f"{where}: unknown settings {strange}; it was written by another version of this program.")
+    return cls(**values)
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help shows the options under the headings of their settings."""
+
+    def format_options(self, ctx, formatter):
+        sections = {}
+        for parameter in self.get_params(ctx):
+            row = parameter.get_help_record(ctx)
+            if row:
+                sections.setdefault(getattr(parameter, "group", "This command"), []).append(row)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+class SettingOption(click.Option):
+    """A flag made from a field. Its value is None unless typed, so that a preset can fill it."""
+
+    def __init__(self, field, group):
+        kinds = value_types(field)
+        flag = "--" + field.name.replace("_", "-")
+        if bool in kinds:
+            flag, kind = f"{flag}/--no-{flag[2:]}", click.BOOL
+        elif str not in kinds:
+            kind = click.FLOAT if float in kinds else click.INT
+        elif int in kinds:
+            kind = IntegerOrWord()
+        else:
+            kind = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else click.STRING
+        default = "" if field.default is None else f"  [default: {str(field.default).lower() if bool in kinds else field.default}]"
+        super().__init__([flag], type=kind, default=None, help=field.metadata["help"] + default)
+        self.group = group
+
+
+class IntegerOrWord(click.ParamType):
+    """A whole number, or a word that check_value judges."""
+
+    name = "integer|auto"
+
+    def convert(self, value, param, ctx):
+        try:
+            return int(value)
+        except ValueError:
+            return value
+
+
+def setting_options(*classes, omit=()):
+    """Decorator: a click option for each field of the settings classes, except the names in `omit`."""
+    def decorate(function):
+        parameters, group = [], None
+        for cls in classes:
+            for field in dataclasses.fields(cls):
+                group = field.metadata["group"] or group
+                if field.name not in omit:
+                    parameters.append(SettingOption(field, group))
+        function.__click_params__ = getattr(function, "__click_params__", []) + parameters[::-1]
+        return function
+    return decorate
+
+
+# Underscores are accepted too: --batch_size is what users of nanoGPT type.
+COMMAND_LINE = dict(help_option_names=["-h", "--help"], max_content_width=100,
+                    token_normalize_func=lambda name: name.replace("_", "-"))
+
+
+def pick(cls, values):
+    """The entries of `values` that are fields of `cls` and were given (are not None)."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
