@@ -1,15 +1,58 @@
-"""Settings: their names, defaults, units and limits, stated once; the command-line flags are made from them."""
+"""Settings: their names, defaults, units and limits, stated once; the command-line flags are made from them.
 
+Also here, because every script needs it: the user's error, and the one way in which files are written.
+"""
+
+import contextlib
 import dataclasses
+import os
+import time
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
 
 class UserError(click.ClickException):
     """Something in the user's files, machine or flags. The message names it and ends with what to type next."""
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb"):
+    """Open a temporary file beside `path` that takes its place when the block ends well: `path` is never half written.
+
+    UserError where the disk is full or the folder cannot be written; what was at `path` then stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace_file(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}. "
+                        "Free some space or choose another folder, then run the same command again.") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(source, target, seconds=10):
+    """os.replace that waits for a reader to close `target`, as Windows demands."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def option(default, help, *, min=None, max=None, above=None, below=None, choices=None, group=None):

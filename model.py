@@ -1,0 +1,380 @@
+"""The network, its key/value cache, sampling, generation, the checkpoint file, and the choice of device and dtype.
+
+Shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size, L layers, S tokens seen so far.
+"""
+
+import contextlib
+import math
+import pickle
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from config import GPTConfig, UserError, replacing, restore
+
+NORM_EPS = 1e-5  # written into exported configs; torch's default would be the dtype's machine epsilon
+ROPE_BASE = 10000.0
+CHECKPOINT_FORMAT = 1
+IGNORE = -1  # target of a position that is not predicted (padding)
+EMBEDDING_STD = 0.01
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019); the mean is taken in float32."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), NORM_EPS)
+
+
+def rotary_tables(block_size, head_size):
+    """Cosines and sines (2, block_size, D) of rotary positions, half-split layout (Su et al. 2021, as in Llama on HF)."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, device="cpu") / head_size)  # (D/2,)
+    angles = torch.outer(torch.arange(block_size, device="cpu"), frequencies).repeat(1, 2)  # (block_size, D)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rope):
+    """Turn each pair (i, i + D/2) of the last dimension of x (B, H, T, D) by its position's angle, in float32."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions read so far, for generation: room for block_size of them."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled; the model moves it on after all its layers
+
+    def update(self, layer, k, v):
+        """Append k and v (B, H, T, D) of one layer; return all of them, (B, H, length + T, D)."""
+        end = self.length + k.shape[2]
+        keys, values = self.data[layer]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        head_size = config.n_embd // config.n_head
+        self.q_norm = RMSNorm(head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_size) if config.qk_norm else nn.Identity()
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, cache):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+            # is_causal aligns to the top left, so it is right only when there are as many queries as keys.
+            if 1 < T < k.shape[2]:
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == k.shape[2] and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate) * up), gate and up in one matrix."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)  # (B, T, intermediate_size) each
+        return self.resid_dropout(self.c_proj(F.silu(gate) * up))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = RMSNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A pre-norm transformer decoder whose embedding is also its output matrix."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        learned = config.position == "learned"
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        rope = None if learned else rotary_tables(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("rope", rope, persistent=False)  # (2, block_size, D)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd)
+        self.init_weights()
+
+    def init_weights(self):
+        """Matrices N(0, 0.02); the two that write the residual stream and all biases 0; norms 1.
+
+        A block that starts as the identity lets the learning rate be higher (GPT-2 scales these two down instead).
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith(("c_proj.weight", "bias")):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=EMBEDDING_STD if name.startswith("w") else 0.02)
+
+    def hidden(self, idx, cache=None):
+        """Final hidden states (B, T, C) of the tokens idx (B, T), which follow what the cache holds."""
+        start, T = cache.length if cache else 0, idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"cannot read {start + T} tokens: block_size is {self.config.block_size}")
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start:start + T]
+        rope = None if self.rope is None else self.rope[:, start:start + T]
+        x = self.drop(x)
+        if torch.is_autocast_enabled(x.device.type):
+            # autocast leaves embeddings in float32; a half-precision residual stream is faster and half as large.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = recompute(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
+        if cache:
+            cache.length += T
+        return self.ln_f(x)
+
+    def logits(self, x):
+        """Scores (..., V) of the next token for hidden states (..., C)."""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) for idx (B, T); with targets (B, T), the mean loss in nats over those not -1."""
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE)
+
+    def count_parameters(self):
+        return sum(weight.numel() for weight in self.parameters())
+
+    @torch.inference_mode()
+    def generate(self, idx, sample, eos_id, generator=None):
+        """Continue the prompts idx (B, S): yield a (B,) tensor of token ids for each step.
+
+        A row ends at eos_id, which is not yielded: it gives -1 from then on; when all have ended, so does the
+        generator. When the window of block_size tokens is full, its last half is read again as the beginning of a new
+        one, so the model always sees between block_size / 2 and block_size tokens.
+        """
+        block_size = self.config.block_size
+        cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
+        unread, ended = idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(sample.max_new_tokens):
+            if cache.length + unread.shape[1] > block_size:
+                cache.length, unread = 0, idx[:, -(block_size // 2):]
+            logits = self.logits(self.hidden(unread, cache)[:, -1])  # (B, V)
+            token = choose_token(logits, idx, sample, eos_id, generator)  # (B,)
+            ended |= token == eos_id
+            if ended.all():
+                return
+            yield token.masked_fill(ended, -1)
+            unread = token.unsqueeze(1)
+            idx = torch.cat([idx, unread], dim=1)
+
+
+# Sampling: pure functions on logits (B, V). A removed token is -inf.
+
+def penalize_repetition(logits, seen, penalty, eos_id):
+    """Divide positive and multiply negative scores of the tokens in seen (B, S) once each (CTRL, Keskar et al. 2019).
+
+    The end of the story is never penalised, else stories would grow with the window.
+    """
+    score = logits.gather(1, seen)
+    penalized = logits.scatter(1, seen, torch.where(score > 0, score / penalty, score * penalty))
+    penalized[:, eos_id] = logits[:, eos_id]
+    return penalized
+
+
+def penalize_phrases(logits, seen, multiplier, base, allowed_length):
+    """DRY (p-e-w, text-generation-webui 2024): lower each token that would prolong a repeat of what seen (B, S) ends with.
+
+    A token that would follow n repeated tokens loses multiplier * base ** (n - allowed_length) where n >= allowed_length.
+    """
+    S = seen.shape[1]
+    lag, back = torch.arange(1, S, device=seen.device), torch.arange(S, device=seen.device)
+    at = S - 1 - lag[:, None] - back  # (S-1, S): the place `back` before the end, `lag` earlier
+    same = (seen[:, at.clamp(min=0)] == seen.flip(1)[:, None, :]) & (at >= 0)  # (B, S-1, S)
+    n = same.int().cumprod(dim=2).sum(dim=2)  # (B, S-1): how many tokens repeat at each lag
+    penalty = multiplier * base ** (n - allowed_length).clamp(max=64).float() * (n >= allowed_length)
+    worst = torch.zeros_like(logits).scatter_reduce(1, seen[:, S - lag], penalty.to(logits.dtype), "amax")
+    return logits - worst
+
+
+def keep_top_k(logits, k):
+    """Keep the k highest scores (Fan et al. 2018); ties with the last of them stay."""
+    if k >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits, p):
+    """Keep the fewest tokens, likeliest first, whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already reach
+    removed = (before >= p).scatter(1, order, before >= p)
+    removed.scatter_(1, order[:, :1], False)
+    return logits.masked_fill(removed, -math.inf)
+
+
+def keep_min_p(logits, min_p):
+    """Keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+
+
+def filter_logits(logits, seen, sample, eos_id):
+    """The logits (B, V) to draw from: repetition penalty, DRY, temperature, top-k, top-p and min-p, in that order."""
+    if sample.repetition_penalty > 1:
+        logits = penalize_repetition(logits, seen[:, -sample.repetition_window:], sample.repetition_penalty, eos_id)
+    if sample.dry_multiplier > 0 and seen.shape[1] > 1:
+        logits = penalize_phrases(logits, seen, sample.dry_multiplier, sample.dry_base, sample.dry_allowed_length)
+    if sample.temperature > 0:
+        logits = logits / sample.temperature
+    if sample.top_k > 0:
+        logits = keep_top_k(logits, sample.top_k)
+    if sample.top_p < 1:
+        logits = keep_top_p(logits, sample.top_p)
+    if sample.min_p > 0:
+        logits = keep_min_p(logits, sample.min_p)
+    return logits
+
+
+def choose_token(logits, seen, sample, eos_id, generator=None):
+    """Draw the next token (B,) given logits (B, V) and the tokens so far, seen (B, S); temperature 0 takes the likeliest."""
+    logits = filter_logits(logits.float(), seen, sample, eos_id)
+    if sample.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# The checkpoint file: plain types and tensors only, so that reading one never runs code from it.
+
+def save_checkpoint(path, model, tokenizer_bytes, **state):
+    """Write everything that chatting needs, and `state` for resuming, to `path` in one step (see config.replacing)."""
+    tokenizer = torch.frombuffer(bytearray(tokenizer_bytes), dtype=torch.uint8)
+    contents = dict(format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=model.state_dict(),
+                    tokenizer=tokenizer, **state)
+    with replacing(path) as file:
+        torch.save(contents, file)
+
+
+def read_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU; `tokenizer` as bytes. UserError says what is wrong with the file."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name one with --checkpoint.")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of this program ({first_line(error)}). "
+                        "Use another one with --checkpoint, or train again with `python train.py`.") from error
+    needed = {"format", "model_config", "model", "tokenizer"}
+    if not isinstance(contents, dict) or not needed <= set(contents):
+        raise UserError(f"{path} is not a checkpoint of this program: train one with `python train.py`.")
+    if contents["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has checkpoint format {contents['format']}, this program reads {CHECKPOINT_FORMAT}: "
+                        "update the program, or train again with `python train.py`.")
+    contents["tokenizer"] = contents["tokenizer"].numpy().tobytes()
+    return contents
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+
+
+def build_model(contents, where):
+    """The GPT of a checkpoint's contents, in evaluation mode. Nothing is allocated before every shape has been compared."""
+    config = restore(GPTConfig, contents["model_config"], where)
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    found = {name: getattr(weight, "shape", None) for name, weight in contents["model"].items()}
+    if expected != found:
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))[0]
+        raise UserError(f"{where}: {wrong} has shape {found.get(wrong)}, its settings say {expected.get(wrong)}: "
+                        "the file is damaged; train again with `python train.py`.")
+    if not all(weight.isfinite().all() for weight in contents["model"].values()):
+        raise UserError(f"{where} holds weights that are not finite: use another one with --checkpoint.")
+    model.load_state_dict(contents["model"], assign=True)
+    return model.eval()
+
+
+# Device and dtype.
+
+def choose_device(name="auto"):
+    """torch.device for a name; auto is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} cannot be used here ({first_line(error)}). {cuda_hint()}"
+                        "Use --device auto.") from error
+    return device
+
+
+def cuda_hint():
+    """Advice where an NVIDIA driver is installed but this PyTorch cannot use the card, else ''."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    build = "has no CUDA support" if torch.version.cuda is None else "found no usable CUDA device"
+    return (f"This computer has an NVIDIA driver, but the installed PyTorch {torch.__version__} {build}: "
+            "pytorch.org/get-started/locally gives the command that installs the right one. ")
+
+
+def choose_dtype(name, device):
+    """torch.dtype of the matrix products; auto is float16 on CUDA from Volta on, else float32."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if name == "auto":
+        return torch.float16 if major >= 7 else torch.float32
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"dtype float16 needs CUDA, and the device is {device.type}: use --dtype float32.")
+    # torch.cuda.is_bf16_supported() counts emulation, which is slow; Ampere is the first to have it in hardware.
+    if name == "bfloat16" and device.type == "cuda" and major < 8:
+        raise UserError("dtype bfloat16 needs an Ampere card (RTX 30 series) or newer: use --dtype float16.")
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Run matrix products in `dtype`; float32 leaves everything as it is."""
+    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

@@ -1,0 +1,785 @@
+"""Training: optimizer, data order, evaluation, the loop, its log, and going on after a stop."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import preprocess
+from config import (COMMAND_LINE, PRESETS, GPTConfig, GroupedCommand, SampleConfig, TrainConfig, UserError, pick,
+                    replacing, restore, setting_options)
+from model import (GPT, IGNORE, autocast, build_model, choose_device, choose_dtype, cuda_hint, first_line,
+                   read_checkpoint, save_checkpoint)
+
+# What may be given anew with --resume; anything else comes from the checkpoint.
+RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device", "compile", "checkpoint_activations",
+                     "log_interval", "eval_interval", "eval_tokens", "final_eval_tokens", "sample_tokens",
+                     "save_minutes"}
+MANY_EPOCHS = 20
+COMPILE_WORTH_SECONDS = 120
+SKIPS_IN_A_ROW = 30
+
+
+# The optimizer.
+
+def orthogonalize(x):
+    """The nearest semi-orthogonal matrix to each of x (N, rows, cols), roughly: 5 quintic Newton-Schulz steps.
+
+    Coefficients of Keller Jordan (2024): singular values land in about 0.7..1.2, which is enough for Muon.
+    """
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, for matrices (Jordan et al. 2024). All matrices of one shape are treated in one batch.
+
+    A fused matrix (queries, keys and values; gate and up) counts as its parts: `parts` of each parameter group.
+    """
+
+    def __init__(self, groups, lr, weight_decay, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=1))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            weights, parts = group["params"], group["parts"]
+            rows, cols = weights[0].shape[0] // parts, weights[0].shape[1]
+            gradient = torch.stack([weight.grad for weight in weights])  # (N, parts * rows, cols)
+            state = self.state[weights[0]]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
+            # bfloat16 keeps float32's range, which the iteration needs; float16 does not.
+            fast = update.is_cuda and torch.cuda.get_device_capability(update.device)[0] >= 8
+            update = orthogonalize(update.view(-1, rows, cols).to(torch.bfloat16 if fast else torch.float32))
+            update = update.reshape(gradient.shape).to(gradient.dtype)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, list(update.unbind()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+
+
+class Optimizers:
+    """Several optimizers that step as one, so that a GradScaler finds an infinite gradient for all of them or none."""
+
+    def __init__(self, *members):
+        self.members = members
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
+
+    @property
+    def param_groups(self):
+        return [group for member in self.members for group in member.param_groups]
+
+    def step(self):
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self):
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def set_share(self, share):
+        """Set every learning rate to this share of its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+    def state_dict(self):
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, states):
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(state)
+
+
+def make_optimizer(model, config):
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings and norms."""
+    use_muon = config.optimizer == "muon"
+    muon, decayed, others = {}, [], []
+    for name, weight in model.named_parameters():
+        if use_muon and name.startswith("blocks") and weight.dim() == 2:
+            parts = 3 if "c_attn" in name else 2 if "c_fc" in name else 1
+            muon.setdefault((weight.shape, parts), []).append(weight)
+        else:
+            (decayed if weight.dim() == 2 and not use_muon else others).append(weight)
+    adamw = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=next(model.parameters()).is_cuda)
+    if not use_muon:
+        return Optimizers(adamw)
+    groups = [dict(params=weights, parts=parts) for (_, parts), weights in muon.items()]
+    return Optimizers(Muon(groups, config.muon_learning_rate, config.weight_decay), adamw)
+
+
+def learning_rate_share(it, config):
+    """Share of the peak learning rate at iteration `it` (from 0): linear warmup, then cosine or wsd down to min_lr."""
+    warmup = min(config.warmup_iters, config.max_iters // 10)
+    if it < warmup:
+        return (it + 1) / (warmup + 1)
+    floor = config.min_lr / config.learning_rate
+    start = warmup if config.schedule == "cosine" else max(warmup, config.max_iters * (1 - config.decay_share))
+    done = min(1.0, max(0.0, (it - start) / max(1, config.max_iters - start)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return floor + (1 - floor) * left
+
+
+# The data order.
+
+class TokenLoader:
+    """Training windows of block_size + 1 tokens. Which ones is a function of the seed and of how many came before.
+
+    The stream is read as a ring, so that each epoch can begin at a phase of its own and still see every token. With
+    align_stories a window starts where a story does; a story longer than the window goes on in further windows.
+    """
+
+    def __init__(self, stream, block_size, seed, align_stories):
+        self.stream, self.block_size, self.seed = stream, block_size, seed
+        self.aligned = story_rows(stream, len(stream), block_size)[0] if align_stories else None
+        self.windows_per_epoch = len(self.aligned) if align_stories else len(stream) // block_size
+        if len(stream) <= block_size:
+            raise UserError(f"the corpus has {len(stream):,} training tokens, fewer than one window of "
+                            f"{block_size + 1}: prepare more text, or use a shorter --block-size.")
+        self.epoch, self.starts, self.prefetched = None, None, {}
+
+    def epoch_starts(self, epoch):
+        """First tokens of the windows of one epoch, in their order."""
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            starts = self.aligned
+            if starts is None:
+                phase = rng.integers(len(self.stream))
+                starts = (phase + np.arange(self.windows_per_epoch) * self.block_size) % len(self.stream)
+            self.epoch, self.starts = epoch, rng.permutation(starts)
+        return self.starts
+
+    def windows(self, consumed, count):
+        """The `count` windows after the first `consumed`, as int64 (count, block_size + 1)."""
+        starts = []
+        while count:
+            epoch, offset = divmod(consumed, self.windows_per_epoch)
+            taken = self.epoch_starts(epoch)[offset:offset + count]
+            starts.append(taken)
+            consumed, count = consumed + len(taken), count - len(taken)
+        return read_ring(self.stream, np.concatenate(starts), self.block_size + 1)
+
+
+    def micro_batches(self, it, batch_size, count, device):
+        """Yield (x, y), each (batch_size, block_size), for the `count` micro-batches of iteration `it`.
+
+        The next one is read and sent while the device works on the one before, across iterations too.
+        """
+        for consumed in range(it * count * batch_size, (it + 1) * count * batch_size, batch_size):
+            batch = self.prefetched.pop((consumed, batch_size), None) or self.fetch(consumed, batch_size, device)
+            yield batch
+            self.prefetched = {(consumed + batch_size, batch_size): self.fetch(consumed + batch_size, batch_size, device)}
+
+    def fetch(self, consumed, batch_size, device):
+        rows = to_device(self.windows(consumed, batch_size), device)
+        return rows[:, :-1], rows[:, 1:]
+
+
+def read_ring(stream, starts, length):
+    """Windows (n, length) of the stream, int64; one that passes the end goes on at the beginning."""
+    inside = np.minimum(starts, len(stream) - length)
+    rows = stream.windows(inside, length).astype(np.int64)
+    for row in np.flatnonzero(inside < starts):
+        tail = stream.read(int(starts[row]), len(stream))
+        rows[row] = np.concatenate([tail, stream.read(0, length - len(tail))])
+    return rows
+
+
+def story_rows(stream, end, block_size):
+    """Starts and numbers of targets of rows that hold the stories before `end`, one a row, block_size targets at most."""
+    starts = stream.story_starts()
+    starts = starts[starts < end]
+    targets = np.diff(starts, append=end) - 1  # the tokens after bos
+    pieces = np.maximum(1, -(-targets // block_size))
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return (np.repeat(starts, pieces) + piece * block_size,
+            np.minimum(block_size, np.repeat(targets, pieces) - piece * block_size))
+
+
+def to_device(array, device):
+    """A tensor on the device; to CUDA it is copied from pinned memory while the card computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# Evaluation.
+
+class Validation:
+    """The validation stories up to about `tokens` tokens (0: all), always the same ones, and what is known of them."""
+
+    def __init__(self, corpus, block_size, tokens, align_stories):
+        self.stream, self.block_size = corpus.val, block_size
+        stories = np.append(self.stream.story_starts(), len(self.stream))
+        fitting = stories[stories <= (tokens or len(self.stream))]
+        end = int(fitting[-1]) if len(fitting) > 1 else int(stories[1])  # whole stories, at least one
+        if align_stories:
+            self.starts, self.targets = story_rows(self.stream, end, block_size)
+        else:
+            self.starts = np.arange(0, end - 1, block_size)
+            self.targets = np.minimum(block_size, end - 1 - self.starts)
+        self.predicted = int(self.targets.sum())
+        byte_lengths = corpus.tokenizer.byte_lengths()
+        self.text_bytes = int(byte_lengths[self.stream.read(0, end)].sum())
+        self.floor = None
+        if corpus.meta["source"] == "sample":
+            ids = self.stream.read(0, end).tolist()
+            texts = [corpus.tokenizer.decode(ids[a:b]) for a, b in zip(stories, stories[1:]) if b <= end]
+            self.floor = sum(map(preprocess.story_nats, texts)) / self.predicted
+
+    def batches(self, batch_size):
+        """(x, y) of shape (<= batch_size, block_size), int64; y is -1 where nothing is predicted."""
+        positions = np.arange(self.block_size + 1)
+        for at in range(0, len(self.starts), batch_size):
+            starts, targets = self.starts[at:at + batch_size], self.targets[at:at + batch_size]
+            rows = np.zeros((len(starts), self.block_size + 1), dtype=np.int64)
+            for row, start, count in zip(rows, starts, targets):
+                row[:count + 1] = self.stream.read(int(start), int(start + count + 1))
+            yield rows[:, :-1].copy(), np.where(positions[1:] <= targets[:, None], rows[:, 1:], IGNORE)
+
+
+@torch.no_grad()
+def evaluate(model, validation, batch_size, device, dtype):
+    """{"val_loss": nats a token, "val_bpb": bits a byte of text, "floor"?: the least val_loss possible}."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    with autocast(device, dtype):
+        for x, y in validation.batches(batch_size):
+            loss = model(to_device(x, device), to_device(y, device))
+            total += (loss.double() if device.type != "mps" else loss.cpu().double()) * int((y != IGNORE).sum())
+    model.train(was_training)
+    nats = total.item()
+    result = dict(val_loss=nats / validation.predicted, val_bpb=nats / math.log(2) / validation.text_bytes)
+    return result | (dict(floor=validation.floor) if validation.floor is not None else {})
+
+
+def sample_story(model, tokenizer, tokens, seed, device, dtype):
+    """A story from an empty prompt. It draws from a generator of its own, so training does not notice."""
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    prompt = torch.tensor([tokenizer.encode_prompt("")], device=device)
+    with autocast(device, dtype):
+        ids = [int(token) for token in model.generate(prompt, SampleConfig(max_new_tokens=tokens),
+                                                      tokenizer.eos_id, generator)]
+    model.train(was_training)
+    return tokenizer.decode(ids)
+
+
+# One iteration.
+
+class LossNotFinite(Exception):
+    """The loss of an iteration is infinite or not a number."""
+
+
+def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
+    """One optimizer update over `count` micro-batches (x, y): (sum of their losses, gradient norm, was it skipped).
+
+    Raises LossNotFinite before anything is changed.
+    """
+    loss_sum = torch.zeros((), device=device)
+    for x, y in batches:
+        with autocast(device, dtype):
+            loss = forward(x, y)
+        loss_sum += loss.detach()
+        scaler.scale(loss / count).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    losses, norm = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in an iteration
+    if not math.isfinite(losses):
+        raise LossNotFinite
+    skipped = scaler.is_enabled() and not math.isfinite(norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return losses, norm, skipped
+
+
+# A run: its settings, its log, its saves.
+
+@dataclass
+class Progress:
+    """How far a run is: everything that changes beside weights, optimizer and random state."""
+
+    iter: int = 0
+    seconds: float = 0.0  # spent training; evaluation and saving are not counted
+    loss_sum: float = 0.0  # of the micro-batches since the last training line
+    loss_count: int = 0
+    skipped: int = 0  # iterations whose update an infinite fp16 gradient prevented
+    best_val: float = math.inf
+
+
+def accumulation_steps(config, block_size, batch_size):
+    """Micro-batches in an iteration. UserError with the values that fit, where it is not a whole number."""
+    steps, rest = divmod(config.tokens_per_iter, batch_size * block_size)
+    if steps and not rest:
+        return steps
+    tokens = batch_size * block_size
+    below, above = config.tokens_per_iter // tokens * tokens or tokens, -(-config.tokens_per_iter // tokens) * tokens
+    sizes = batch_sizes(config, block_size)
+    near = sorted(sorted(sizes, key=lambda size: abs(size - batch_size))[:2])
+    hint = f"--batch-size {' or '.join(map(str, near))}, or " if near else ""
+    values = " or ".join(map(str, sorted({below, above})))
+    raise UserError(f"tokens_per_iter is {config.tokens_per_iter}, which is not a whole number of micro-batches of "
+                    f"{batch_size} x {block_size} = {tokens} tokens: use {hint}--tokens-per-iter {values}.")
+
+
+def batch_sizes(config, block_size):
+    """The micro-batch sizes that divide an iteration, ascending."""
+    sequences, rest = divmod(config.tokens_per_iter, block_size)
+    return [] if rest else [size for size in range(1, sequences + 1) if sequences % size == 0]
+
+
+def fresh_settings(preset, given, corpus):
+    """(GPTConfig, TrainConfig) from defaults, the preset, and the flags that were typed, in this order."""
+    vocab_size = corpus.tokenizer.vocab_size
+    if given.get("vocab_size", vocab_size) != vocab_size:
+        raise UserError(f"--vocab-size {given['vocab_size']} contradicts the prepared corpus, whose vocabulary has "
+                        f"{vocab_size} tokens: leave the flag out, or run `python preprocess.py prepare-dataset "
+                        f"--vocab-size {given['vocab_size']} --overwrite`.")
+    values = PRESETS[preset] | given | dict(vocab_size=vocab_size)
+    return GPTConfig(**pick(GPTConfig, values)), TrainConfig(**pick(TrainConfig, values))
+
+
+def resumed_settings(contents, preset, given, corpus, path):
+    """(preset, GPTConfig, TrainConfig) of the checkpoint, with those flags that may change. Refuses the others."""
+    model_config = restore(GPTConfig, contents["model_config"], path)
+    config = restore(TrainConfig, contents["train_config"], path)
+    before = asdict(model_config) | asdict(config) | dict(preset=contents["preset"])
+    for name, value in (given | (dict(preset=preset) if preset else {})).items():
+        if name not in RESUME_MAY_CHANGE and value != before[name]:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was trained with "
+                            f"{before[name]}: leave the flag out, or start anew in another --out-dir.")
+    if contents["corpus"] != corpus_identity(corpus):
+        raise UserError(f"{path} was trained on another corpus than the one in {given.get('data_dir', config.data_dir)} "
+                        f"({contents['corpus']} there, {corpus_identity(corpus)} here): name the right one with "
+                        "--data-dir, or start anew in another --out-dir.")
+    return contents["preset"], model_config, replace(config, **pick(TrainConfig, given))
+
+
+def corpus_identity(corpus):
+    """What must be the same for a run to go on: where the text is from, the tokenizer and the training shards."""
+    shards = "".join(shard["sha256"] for shard in corpus.meta["train"])
+    return dict(source=corpus.meta["source"], tokenizer=corpus.tokenizer.sha256[:16],
+                shards=hashlib.sha256(shards.encode()).hexdigest()[:16])
+
+
+class Log:
+    """metrics.jsonl, and what a person sees: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, path, config, progress):
+        self.path, self.config = path, config
+        self.keep_until(progress.iter)
+        self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None, dynamic_ncols=True, leave=False,
+                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {postfix}")
+        self.started, self.started_at, self.last = None, progress.iter, replace(progress)
+
+    def keep_until(self, it):
+        """Drop what was logged after iteration `it`, and a line that was cut short."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if it and self.path.exists() else []
+        with replacing(self.path, "w") as file:
+            file.writelines(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["iter"] <= it)
+
+    def write(self, progress, **values):
+        """Append one line to metrics.jsonl; what is not finite becomes null."""
+        row = dict(iter=progress.iter, tokens=progress.iter * self.config.tokens_per_iter,
+                   seconds=round(progress.seconds, 3), **values)
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in row.items()}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}. Free some space, then go on with "
+                            "`python train.py --resume`.") from error
+
+    def say(self, text):
+        tqdm.write(text, file=sys.stdout)
+
+    def training(self, progress, lr, norm, scale, device):
+        """One training line, for the file and for the eye."""
+        loss = progress.loss_sum / progress.loss_count
+        iters, seconds = progress.iter - self.last.iter, progress.seconds - self.last.seconds
+        rate = iters * self.config.tokens_per_iter / max(seconds, 1e-9)
+        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        self.write(progress, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=progress.skipped,
+                   tokens_per_second=round(rate), peak_memory_mib=memory and round(memory))
+        line = f"loss {loss:.3f}, lr {lr:.1e}, {thousands(rate)} tokens/s, {self.time_left(progress)} left"
+        line += f", {memory / 1024:.1f} GiB" if memory else ""
+        line += f", {progress.skipped} skipped" if progress.skipped else ""
+        self.last = replace(progress)
+        if self.bar.disable:
+            self.say(f"iter {progress.iter}/{self.config.max_iters}: {line}")
+        else:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update(progress.iter - self.bar.n)
+
+    def time_left(self, progress):
+        """From the wall clock since the first line, so that evaluation counts and compilation does not."""
+        if self.started is None:
+            self.started, self.started_at = time.monotonic(), progress.iter
+            each = progress.seconds / progress.iter
+        else:
+            each = (time.monotonic() - self.started) / (progress.iter - self.started_at)
+        return duration(each * (self.config.max_iters - progress.iter))
+
+
+def thousands(number):
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
+
+
+def duration(seconds):
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1.5 else f"{minutes:.0f} min" if minutes >= 1.5 else f"{seconds:.0f} s"
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask for a stop after the current iteration; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.previous = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("Finishing this iteration, then saving. Ctrl-C once more stops at once, without saving.",
+                   file=sys.stderr)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One training run: what it learns with, how far it is, and how it is saved."""
+
+    def __init__(self, preset, model_config, config, corpus, contents=None):
+        self.preset, self.config, self.corpus = preset, config, corpus
+        self.out_dir = Path(config.out_dir)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, self.device)
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model = (build_model(contents, "the checkpoint").train() if contents else GPT(model_config)).to(self.device)
+        self.model.checkpoint_activations = config.checkpoint_activations
+        self.forward, self.compiled = self.model, False
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.progress = Progress()
+        if contents:
+            self.restore(contents)
+        self.loader = TokenLoader(corpus.train, model_config.block_size, config.seed, config.align_stories)
+        self.validation = Validation(corpus, model_config.block_size, config.eval_tokens, config.align_stories)
+
+    def restore(self, contents):
+        self.optimizer.load_state_dict(contents["optimizer"])
+        self.scaler.load_state_dict(contents["scaler"])
+        self.progress = Progress(**contents["progress"])
+        torch.set_rng_state(contents["rng"])
+        if self.device.type == "cuda" and contents["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(contents["cuda_rng"], self.device)
+
+    def save(self):
+        """Write ckpt.pt, from which a resumed run goes on as if it had never stopped."""
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        save_checkpoint(self.out_dir / "ckpt.pt", self.model, self.corpus.tokenizer.model_bytes,
+                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                        rng=torch.get_rng_state(), cuda_rng=cuda_rng, **self.described())
+
+    def save_best(self):
+        """Write best.pt, for chatting: weights and tokenizer, without what only resuming needs."""
+        save_checkpoint(self.out_dir / "best.pt", self.model, self.corpus.tokenizer.model_bytes, **self.described())
+
+    def described(self):
+        return dict(preset=self.preset, train_config=asdict(self.config), corpus=corpus_identity(self.corpus),
+                    progress=asdict(self.progress))
+
+    def final_validation(self):
+        config = self.config
+        return Validation(self.corpus, self.model.config.block_size, config.final_eval_tokens, config.align_stories)
+
+    def prepare_batches(self, log):
+        """Settle the micro-batch size and with it the number of micro-batches in an iteration."""
+        size = self.config.batch_size
+        if size == "auto":
+            size = fitting_batch_size(self)
+            log.say(f"--batch-size auto found that micro-batches of {size} fit.")
+        self.batch_size = size
+        self.count = accumulation_steps(self.config, self.model.config.block_size, size)
+
+    def halve_batch(self, log):
+        """After running out of memory: go on with half the micro-batch if it was ours to choose, else say what to type."""
+        sizes = [size for size in batch_sizes(self.config, self.model.config.block_size) if size < self.batch_size]
+        if self.config.batch_size != "auto" or not sizes:
+            smaller = f"--batch-size {sizes[-1]}" if sizes else "a shorter --block-size or --checkpoint-activations"
+            again = " --resume" if (self.out_dir / "ckpt.pt").exists() else ""
+            raise UserError(f"out of memory with micro-batches of {self.batch_size} x {self.model.config.block_size} "
+                            f"tokens: use {smaller} (or --batch-size auto) and run `python train.py{again}` with it; "
+                            "learning stays the same.")
+        log.say(f"Out of memory: going on with micro-batches of {sizes[-1]} instead of {self.batch_size}; "
+                "an iteration stays the same.")
+        self.batch_size = sizes[-1]
+        self.count = accumulation_steps(self.config, self.model.config.block_size, self.batch_size)
+
+    def compile(self):
+        self.forward, self.compiled = torch.compile(self.model), True
+
+    def iteration(self, log):
+        """One optimizer update: (sum of micro-batch losses, gradient norm). Falls back where memory or compiling fail."""
+        while True:
+            try:
+                batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device)
+                return train_step(self.forward, self.model, batches, self.count, self.optimizer, self.scaler,
+                                  self.config, self.device, self.dtype)
+            except torch.OutOfMemoryError:
+                failure = None
+            except LossNotFinite:
+                raise
+            except Exception as error:  # whatever a compiler raises; TritonMissing comes only here, at the first call
+                if not self.compiled:
+                    raise
+                failure = first_line(error)
+            self.start_iteration_again()
+            if failure is None:
+                self.halve_batch(log)
+            else:
+                log.say(f"torch.compile does not work here ({failure}): going on without it.")
+                self.forward, self.compiled = self.model, False
+
+    def start_iteration_again(self):
+        """Forget a half-done iteration. A scaler remembers that it has unscaled, so it is made anew from its state."""
+        self.optimizer.zero_grad()
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(state)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def evaluate(self, log, validation):
+        """Log one evaluation line, print a story, and keep the weights if they are the best so far."""
+        result = evaluate(self.model, validation, self.batch_size, self.device, self.dtype)
+        log.write(self.progress, **result)
+        line = f"iter {self.progress.iter}: validation loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits a byte"
+        if "floor" in result:
+            line += f", {100 * (result['val_loss'] / result['floor'] - 1):.1f}% above the floor of {result['floor']:.4f}"
+        log.say(line)
+        if self.progress.iter and self.config.sample_tokens:
+            log.say("  " + sample_story(self.model, self.corpus.tokenizer, self.config.sample_tokens,
+                                        self.config.seed + self.progress.iter, self.device, self.dtype).strip())
+        if self.progress.iter and result["val_loss"] < self.progress.best_val:
+            self.progress.best_val = result["val_loss"]
+            self.save_best()
+
+
+def worth_compiling(run, seconds_left):
+    """auto compiles only where it can work, and where the run is long enough to win back the half minute it takes."""
+    return (run.config.compile == "auto" and run.device.type == "cuda" and seconds_left > COMPILE_WORTH_SECONDS
+            and importlib.util.find_spec("triton") is not None)
+
+
+def train(run, log):
+    """Run iterations until max_iters or a request to stop; returns the signal that asked, or None."""
+    config, progress = run.config, run.progress
+    first, saved_at, bad_updates = progress.iter, time.monotonic(), 0
+    if config.compile == "on":
+        run.compile()
+    with StopRequest() as stop:
+        if progress.iter == 0:
+            run.evaluate(log, run.validation)
+        while progress.iter < config.max_iters and not stop.signal:
+            share = learning_rate_share(progress.iter, config)
+            run.optimizer.set_share(share)
+            started = time.perf_counter()
+            try:
+                losses, norm, skipped = run.iteration(log)
+            except LossNotFinite:
+                raise UserError(loss_advice(run)) from None
+            each = time.perf_counter() - started
+            progress.iter += 1
+            progress.seconds += each
+            progress.loss_sum += losses
+            progress.loss_count += run.count
+            progress.skipped += skipped
+            bad_updates = bad_updates + 1 if skipped else 0
+            last = progress.iter == config.max_iters
+            if bad_updates > SKIPS_IN_A_ROW:
+                raise UserError(f"{bad_updates} iterations in a row had an infinite gradient: {loss_advice(run)}")
+            if progress.iter == first + 4 and worth_compiling(run, each * (config.max_iters - progress.iter)):
+                run.compile()
+            if progress.iter % config.log_interval == 0 or last:
+                log.training(progress, config.learning_rate * share, norm, run.scaler.get_scale(), run.device)
+                progress.loss_sum, progress.loss_count = 0.0, 0
+            evaluated = progress.iter % config.eval_interval == 0 or last
+            if evaluated:
+                run.evaluate(log, run.final_validation() if last else run.validation)
+            if evaluated or stop.signal or time.monotonic() - saved_at > 60 * config.save_minutes:
+                run.save()
+                saved_at = time.monotonic()
+        return stop.signal
+
+
+def loss_advice(run):
+    """What to do after numbers stopped being finite."""
+    good = run.out_dir / ("best.pt" if (run.out_dir / "best.pt").exists() else "ckpt.pt")
+    kept = f"The last good checkpoint is {good}. " if good.exists() else ""
+    return (f"the loss is no longer finite at iteration {run.progress.iter + 1}; nothing was changed by it. {kept}"
+            f"Train again with a lower rate, --learning-rate {run.config.learning_rate / 2:g}, or with "
+            "--dtype float32 (bfloat16 on RTX 30 and newer), and --overwrite or another --out-dir.")
+
+
+# Before the first iteration.
+
+def fitting_batch_size(run):
+    """The largest micro-batch that divides an iteration and fits: sizes are tried upwards, never past the card.
+
+    Windows does not report an overfull card, it swaps and crawls; so a size is tried only if the two before promise it.
+    """
+    sizes = batch_sizes(run.config, run.model.config.block_size)
+    if not sizes or run.device.type != "cuda":
+        return max([size for size in sizes if size <= 32], default=32)
+    free, total = torch.cuda.mem_get_info(run.device)
+    limit = min(free + torch.cuda.memory_reserved(run.device),
+                total * torch.cuda.memory.get_per_process_memory_fraction(run.device))
+    weights = run.model.count_parameters()
+    room = 0.9 * limit - (0 if run.progress.iter else 8 * weights)  # AdamW's two moments come with the first step
+    fits, peaks = sizes[0], []
+    for size in sizes:
+        if len(peaks) > 1:
+            (a, peak_a), (b, peak_b) = peaks[-2:]
+            if peak_b + (peak_b - peak_a) / (b - a) * (size - b) > room:
+                break
+        try:
+            peaks.append((size, probe_memory(run, size)))
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            run.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+        if peaks[-1][1] > room:
+            break
+        fits = size
+    return fits
+
+
+def probe_memory(run, batch_size):
+    """Peak bytes of one forward and backward pass, eager; leaves the random state as it was."""
+    torch.cuda.reset_peak_memory_stats(run.device)
+    tokens = torch.randint(run.model.config.vocab_size, (batch_size, run.model.config.block_size + 1),
+                           generator=torch.Generator().manual_seed(0)).to(run.device)
+    with torch.random.fork_rng(devices=[run.device]), autocast(run.device, run.dtype):
+        run.scaler.scale(run.model(tokens[:, :-1], tokens[:, 1:])).backward()
+    return torch.cuda.max_memory_allocated(run.device)
+
+
+def check_out_dir(out_dir, resume, overwrite):
+    """Refuse to train over an earlier run unless told to."""
+    earlier = [out_dir / name for name in ("ckpt.pt", "best.pt", "metrics.jsonl") if (out_dir / name).exists()]
+    if resume or not earlier:
+        return
+    if not overwrite:
+        raise UserError(f"{out_dir} already holds a run: go on with it by --resume, replace it by --overwrite, or keep "
+                        "both with another --out-dir.")
+    for path in earlier:
+        path.unlink()
+
+
+def describe(run, log):
+    """The facts of the run before it starts, in a few lines."""
+    model, config, stream = run.model.config, run.config, run.corpus.train
+    count, tokens = run.model.count_parameters(), config.max_iters * config.tokens_per_iter
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    log.say(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MB in float32), "
+            f"{model.position} positions, context {model.block_size}, vocabulary {model.vocab_size}.")
+    scaled = " with a GradScaler" if run.scaler.is_enabled() else ""
+    log.say(f"Device: {run.device} ({name}), {str(run.dtype)[6:]}{scaled}.")
+    if run.device.type == "cpu" and cuda_hint():
+        log.say(f"Warning: {cuda_hint()}Training goes on, slowly, on the CPU.")
+    epochs = tokens / len(stream)
+    log.say(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({run.count} micro-batches of "
+            f"{run.batch_size} x {model.block_size}), {tokens / 1e6:,.1f} M tokens in all, {epochs:.1f} epochs of the "
+            f"{len(stream) / 1e6:,.2f} M training tokens in {config.data_dir}.")
+    if epochs > MANY_EPOCHS:
+        enough = max(1, round(MANY_EPOCHS * len(stream) / config.tokens_per_iter))
+        log.say(f"Warning: past about {MANY_EPOCHS} epochs a model learns its stories by heart. Prepare more of them "
+                f"(larger --num-files and --sample-rate), or stop earlier: --max-iters {enough}.")
+
+
+def write_config(run):
+    """config.json: the resolved settings, for people and for plot_loss.py."""
+    settings = dict(preset=run.preset, model=asdict(run.model.config), train=asdict(run.config),
+                    corpus=dict(source=run.corpus.meta["source"], vocab_size=run.corpus.tokenizer.vocab_size,
+                                train_tokens=len(run.corpus.train), validation_tokens=len(run.corpus.val)))
+    with replacing(run.out_dir / "config.json", "w") as file:
+        json.dump(settings, file, indent=2)
+
+
+@click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="settings by purpose  [default: rtx3050]")
+@click.option("--resume", is_flag=True, help="go on with the run in --out-dir")
+@click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
+@click.option("--plan", is_flag=True, help="train nothing; print size, memory and duration")
+@setting_options(GPTConfig, TrainConfig)
+def main(preset, resume, overwrite, plan, **given):
+    """Train a GPT on the corpus that preprocess.py prepared.
+
+    Writes ckpt.pt (to go on with --resume), best.pt (for chat.py), metrics.jsonl (for plot_loss.py) and config.json
+    into --out-dir. Ctrl-C saves and stops.
+    """
+    sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows ? for what it cannot
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite deletes it: choose one.")
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    contents = read_checkpoint(out_dir / "ckpt.pt") if resume else None
+    data_dir = given.get("data_dir", contents["train_config"]["data_dir"] if resume else TrainConfig.data_dir)
+    corpus = preprocess.open_corpus(data_dir)
+    if resume:
+        preset, model_config, config = resumed_settings(contents, preset, given, corpus, out_dir / "ckpt.pt")
+    else:
+        preset = preset or "rtx3050"
+        model_config, config = fresh_settings(preset, given, corpus)
+        if not plan:
+            check_out_dir(out_dir, resume, overwrite)
+    run = Run(preset, model_config, replace(config, data_dir=str(data_dir), out_dir=str(out_dir)), corpus, contents)
+    contents = None  # the optimizer has its copy; on a small card the room is needed
+    if run.progress.iter >= config.max_iters:
+        raise UserError(f"the run in {out_dir} has finished its {run.progress.iter} iterations: talk to it with `python "
+                        f"chat.py --out-dir {out_dir}`, or go on with a larger --max-iters.")
+    log = Log(out_dir / "metrics.jsonl", run.config, run.progress)
+    run.prepare_batches(log)
+    write_config(run)
+    describe(run, log)
+    stopped_by = train(run, log)
+    log.bar.close()
+    where = "" if str(out_dir) == TrainConfig.out_dir else f" --out-dir {out_dir}"
+    if stopped_by:
+        click.echo(f"Stopped and saved at iteration {run.progress.iter}. Go on with: python train.py --resume{where}")
+        sys.exit(128 + stopped_by)
+    click.echo(f"Finished: best validation loss {run.progress.best_val:.4f}. Talk to it: python chat.py{where}")
+    click.echo(f"See its loss curve: python plot_loss.py{where}")
+
+
+if __name__ == "__main__":
+    main()
