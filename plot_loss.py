@@ -10,7 +10,7 @@ import click
 
 from config import COMMAND_LINE, GroupedCommand, UserError
 
-# Okabe and Ito's colours: told apart with any colour vision, and in grey by the markers.
+# Seven of Okabe and Ito's colours: told apart with any colour vision, and in grey by the markers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 MARKERS = "osD^vPX"
 INK, PALE = "#222222", "#767676"
@@ -267,7 +267,7 @@ def draw(runs, output, x="iteration", smooth=None, panels=(), log_x=False, log_y
     longest = max(line.get(key) or 0 for run in runs for line in run.train + run.val)
     runs = [replace(run, **{kind: [line for line in getattr(run, kind) if line.get(key) is not None
                                    and (line[key] > 0 or not log_x)] for kind in ("train", "val")}) for run in runs]
-    if not any(run.train or run.val for run in runs):
+    if all(line.get(name) is None for run in runs for line in run.train + run.val for name in ("train_loss", "val_loss")):
         raise UserError(f"no line of the log has a place on this axis ({x}). Type: --x iteration, without --log-x")
     divisor, x_label = next((divisor, label) for least, divisor, label in UNITS[x] if longest >= least)
     longest = longest / divisor or 1

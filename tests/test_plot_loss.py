@@ -78,10 +78,10 @@ def refusal(*arguments):
 def test_a_resumed_run_counts_each_iteration_once_with_its_last_line(tmp_path):
     run = write_run(tmp_path / "run", [
         train_line(10, 5.0), train_line(20, 4.0), val_line(20, 4.5), train_line(30, 9.0), val_line(30, 9.5),
-        train_line(30, 3.0), val_line(30, 3.5), train_line(40, 2.0)])
+        train_line(30, 3.0), val_line(30, 3.5), val_line(25, 3.8), train_line(40, 2.0)])
     train, val = plot_loss.read_metrics(run / "metrics.jsonl")
     assert [(line["iter"], line["train_loss"]) for line in train] == [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.0)]
-    assert [(line["iter"], line["val_loss"]) for line in val] == [(20, 4.5), (30, 3.5)]
+    assert [(line["iter"], line["val_loss"]) for line in val] == [(20, 4.5), (25, 3.8), (30, 3.5)]
 
 
 def test_summary_gives_initial_final_and_best_with_their_iterations(tmp_path):
@@ -147,8 +147,8 @@ def test_a_whole_last_line_without_a_newline_counts(tmp_path):
 
 def test_null_values_are_gaps_and_are_called_not_finite(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", [
-        train_line(10, 5.0), train_line(20, None, grad_norm=None), train_line(30, 4.0), val_line(30, None, val_bpb=None),
-        train_line(40, 3.0), val_line(40, 3.25, floor=None), train_line(50, None)])
+        train_line(10, 5.0), train_line(20, None, grad_norm=None), train_line(30, 4.0),
+        val_line(30, None), train_line(40, 3.0), val_line(40, 3.25, floor=None), train_line(50, math.nan)])
     result = plot(run)
     assert result.exit_code == 0
     assert words(result, "training, nats a token") == "5.0000 at 10 not finite 3.0000 at 40".split()
@@ -264,6 +264,12 @@ def test_garbage_in_the_middle_is_refused_by_its_line(tmp_path, garbage):
     assert not (run / "loss_curve.png").exists()
 
 
+def test_a_run_with_no_place_on_a_logarithmic_axis_says_what_to_type(tmp_path):
+    run = write_run(tmp_path / "run", [val_line(0, 6.2), val_line(10, None)])
+    result = plot(run, "--log-x")
+    assert result.exit_code == 1 and "Type: --x iteration, without --log-x" in result.output
+
+
 def test_another_kind_of_picture_is_refused_with_the_name_to_type(tmp_path):
     assert refusal(learning_run(tmp_path / "run"), "--output", "x.pdf").endswith("--output x.png")
 
@@ -274,6 +280,15 @@ def test_a_picture_that_cannot_be_written_harms_nothing(tmp_path):
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert result.output.strip().endswith("--output loss.png")
     assert sorted(os.listdir(run)) == ["config.json", "metrics.jsonl"]
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = learning_run(tmp_path / "run")
+    (run / "loss_curve.png").write_bytes(b"the old one")
+    monkeypatch.setattr(plot_loss.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError(13, "in use")))
+    assert plot(run).exit_code == 1
+    assert (run / "loss_curve.png").read_bytes() == b"the old one"
+    assert sorted(os.listdir(run)) == ["config.json", "loss_curve.png", "metrics.jsonl"]
 
 
 def test_importing_loads_neither_matplotlib_nor_torch():
