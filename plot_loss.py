@@ -258,16 +258,17 @@ def draw_panel(axis, runs, name, title, key, divisor, start):
 
 def draw(runs, output, x="iteration", smooth=None, panels=(), log_x=False, log_y=False):
     """Write the picture: loss above, learning rate and the panels asked for below, all over one x axis."""
+    os.environ["MPLBACKEND"] = "Agg"  # before the import: no display is needed, whatever the environment asks for
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    matplotlib.use("Agg")
     key = "iter" if x == "iteration" else x
     longest = max(line.get(key) or 0 for run in runs for line in run.train + run.val)
     runs = [replace(run, **{kind: [line for line in getattr(run, kind) if line.get(key) is not None
                                    and (line[key] > 0 or not log_x)] for kind in ("train", "val")}) for run in runs]
-    if all(line.get(name) is None for run in runs for line in run.train + run.val for name in ("train_loss", "val_loss")):
+    if all(line.get(name) is None for name in ("train_loss", "val_loss")
+           for run in runs for line in run.train + run.val):
         raise UserError(f"no line of the log has a place on this axis ({x}). Type: --x iteration, without --log-x")
     divisor, x_label = next((divisor, label) for least, divisor, label in UNITS[x] if longest >= least)
     longest = longest / divisor or 1
