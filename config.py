@@ -219,12 +219,17 @@ PRESETS = {
 
 
 def restore(cls, values, where):
-    """Settings of class `cls` from a saved dict. `where` names the file in the UserError for keys that are not ours."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        strange = sorted(set(values) - known) if isinstance(values, dict) else values
-        raise UserError(f"{where}: unknown settings {strange}; it was written by another version of this program.")
-    return cls(**values)
+    """Settings of class `cls` from a saved dict. `where` names the file in a UserError: keys not ours, bad values."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: its settings are damaged; it was not written by this program.")
+    strange = set(values) - {field.name for field in dataclasses.fields(cls)}
+    if strange:
+        names = ", ".join(sorted(map(repr, strange)))
+        raise UserError(f"{where}: unknown settings {names}; it was written by another version of this program.")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}") from error
 
 
 class GroupedCommand(click.Command):

@@ -5,8 +5,8 @@ Shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size
 
 import contextlib
 import math
-import pickle
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,8 +37,8 @@ class RMSNorm(nn.Module):
 
 def rotary_tables(block_size, head_size):
     """Cosines and sines (2, block_size, D) of rotary positions, half-split layout (Su et al. 2021, as in Llama on HF)."""
-    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, device="cpu") / head_size)  # (D/2,)
-    angles = torch.outer(torch.arange(block_size, device="cpu"), frequencies).repeat(1, 2)  # (block_size, D)
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2) / head_size)  # (D/2,)
+    angles = torch.outer(torch.arange(block_size), frequencies).repeat(1, 2)  # (block_size, D)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -293,7 +293,10 @@ def save_checkpoint(path, model, tokenizer_bytes, **state):
     contents = dict(format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=model.state_dict(),
                     tokenizer=tokenizer, **state)
     with replacing(path) as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # on a full disk torch complains about itself; the system's reason lies beneath
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def read_checkpoint(path):
@@ -302,12 +305,18 @@ def read_checkpoint(path):
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name one with --checkpoint.")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        with open(path, "rb") as file:
+            # torch.load ignores the checksums, so a weight that changed on the disk would go unnoticed.
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            file.seek(0)
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of this program ({first_line(error)}). "
                         "Use another one with --checkpoint, or train again with `python train.py`.") from error
-    needed = {"format", "model_config", "model", "tokenizer"}
-    if not isinstance(contents, dict) or not needed <= set(contents):
+    needed = dict(format=int, model_config=dict, model=dict, tokenizer=torch.Tensor)
+    if not isinstance(contents, dict) or not all(isinstance(contents.get(key), kind) for key, kind in needed.items()):
         raise UserError(f"{path} is not a checkpoint of this program: train one with `python train.py`.")
     if contents["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} has checkpoint format {contents['format']}, this program reads {CHECKPOINT_FORMAT}: "
@@ -325,16 +334,22 @@ def build_model(contents, where):
     config = restore(GPTConfig, contents["model_config"], where)
     with torch.device("meta"):
         model = GPT(config)
-    expected = {name: weight.shape for name, weight in model.state_dict().items()}
-    found = {name: getattr(weight, "shape", None) for name, weight in contents["model"].items()}
+    expected = {name: describe_weight(weight) for name, weight in model.state_dict().items()}
+    found = {name: describe_weight(weight) for name, weight in contents["model"].items()}
     if expected != found:
-        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))[0]
-        raise UserError(f"{where}: {wrong} has shape {found.get(wrong)}, its settings say {expected.get(wrong)}: "
-                        "the file is damaged; train again with `python train.py`.")
+        wrong = min((name for name in expected | found if expected.get(name) != found.get(name)), key=str)
+        raise UserError(f"{where}: {wrong} is {found.get(wrong, 'missing')}, and by its settings should be "
+                        f"{expected.get(wrong, 'missing')}: the file is damaged; train again with `python train.py`.")
     if not all(weight.isfinite().all() for weight in contents["model"].values()):
         raise UserError(f"{where} holds weights that are not finite: use another one with --checkpoint.")
     model.load_state_dict(contents["model"], assign=True)
+    if model.rope is not None:  # not saved, and only a shape so far
+        model.rope = rotary_tables(config.block_size, config.n_embd // config.n_head)
     return model.eval()
+
+
+def describe_weight(weight):
+    return f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
 
 
 # Device and dtype.
@@ -346,7 +361,7 @@ def choose_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used here ({first_line(error)}). {cuda_hint()}"
                         "Use --device auto.") from error
