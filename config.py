@@ -34,13 +34,13 @@ def replacing(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         replace_file(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"cannot write {path}: {error.strerror or error}. "
                         "Free some space or choose another folder, then run the same command again.") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def replace_file(source, target, seconds=10):
