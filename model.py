@@ -22,6 +22,7 @@ ROPE_BASE = 10000.0
 CHECKPOINT_FORMAT = 1
 IGNORE = -1  # target of a position that is not predicted (padding)
 EMBEDDING_STD = 0.01
+DRY_GROWTH = 50  # repeated tokens beyond the allowed ones after which the penalty stays: it is beyond all logits
 
 
 class RMSNorm(nn.Module):
@@ -224,35 +225,34 @@ def penalize_repetition(logits, seen, penalty, eos_id):
 
 
 def penalize_phrases(logits, seen, multiplier, base, allowed_length):
-    """DRY (p-e-w, text-generation-webui 2024): lower each token that would prolong a repeat of what seen (B, S) ends with.
+    """DRY (p-e-w, text-generation-webui #5677, 2024): lower tokens that prolong a repeat of the end of seen (B, S).
 
-    A token that would follow n repeated tokens loses multiplier * base ** (n - allowed_length) where n >= allowed_length.
+    A token that would follow n repeated tokens loses multiplier * base ** (n - allowed_length) where n reaches
+    allowed_length. The longest n counts; the exponent grows no further than DRY_GROWTH.
     """
-    S = seen.shape[1]
-    lag, back = torch.arange(1, S, device=seen.device), torch.arange(S, device=seen.device)
-    at = S - 1 - lag[:, None] - back  # (S-1, S): the place `back` before the end, `lag` earlier
-    same = (seen[:, at.clamp(min=0)] == seen.flip(1)[:, None, :]) & (at >= 0)  # (B, S-1, S)
-    n = same.int().cumprod(dim=2).sum(dim=2)  # (B, S-1): how many tokens repeat at each lag
-    penalty = multiplier * base ** (n - allowed_length).clamp(max=64).float() * (n >= allowed_length)
-    worst = torch.zeros_like(logits).scatter_reduce(1, seen[:, S - lag], penalty.to(logits.dtype), "amax")
-    return logits - worst
+    if seen.shape[1] < 2:
+        return logits
+    longest = min(allowed_length + DRY_GROWTH, seen.shape[1] - 1)  # R: longer repeats count as this one
+    before = F.pad(seen[:, :-1], (longest - 1, 0), value=-1).unfold(1, longest, 1)  # (B, S-1, R): before seen[:, 1:]
+    same = before == seen[:, None, -longest:]
+    n = same.flip(2).int().cumprod(dim=2).sum(dim=2)  # (B, S-1): how many of them the end repeats
+    penalty = torch.where(n >= allowed_length, multiplier * base ** (n - allowed_length).float(), 0.0)
+    return logits - torch.zeros_like(logits).scatter_reduce(1, seen[:, 1:], penalty, "amax")
 
 
 def keep_top_k(logits, k):
-    """Keep the k highest scores (Fan et al. 2018); ties with the last of them stay."""
+    """Keep the k highest scores (Fan et al. 2018): exactly k, whichever of equal ones torch.topk takes."""
     if k >= logits.shape[-1]:
         return logits
-    smallest = logits.topk(k).values[:, -1:]
-    return logits.masked_fill(logits < smallest, -math.inf)
+    values, tokens = logits.topk(k)
+    return torch.full_like(logits, -math.inf).scatter(1, tokens, values)
 
 
 def keep_top_p(logits, p):
     """Keep the fewest tokens, likeliest first, whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
     probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens already reach
-    removed = (before >= p).scatter(1, order, before >= p)
-    removed.scatter_(1, order[:, :1], False)
-    return logits.masked_fill(removed, -math.inf)
+    before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))  # what the likelier tokens already reach
+    return logits.masked_fill((before >= p).scatter(1, order, before >= p), -math.inf)
 
 
 def keep_min_p(logits, min_p):
@@ -264,10 +264,10 @@ def filter_logits(logits, seen, sample, eos_id):
     """The logits (B, V) to draw from: repetition penalty, DRY, temperature, top-k, top-p and min-p, in that order."""
     if sample.repetition_penalty > 1:
         logits = penalize_repetition(logits, seen[:, -sample.repetition_window:], sample.repetition_penalty, eos_id)
-    if sample.dry_multiplier > 0 and seen.shape[1] > 1:
+    if sample.dry_multiplier > 0:
         logits = penalize_phrases(logits, seen, sample.dry_multiplier, sample.dry_base, sample.dry_allowed_length)
     if sample.temperature > 0:
-        logits = logits / sample.temperature
+        logits = logits / max(sample.temperature, 1e-6)  # smaller ones overflow, and leave only the likeliest anyway
     if sample.top_k > 0:
         logits = keep_top_k(logits, sample.top_k)
     if sample.top_p < 1:
