@@ -315,13 +315,13 @@ def check_hashes(folder, meta):
 TRAIN_STORIES, VAL_STORIES = 30_000, 1_000
 
 KINDS = {
-    "rolls": "ball 9 | bead 5 | wheel 4",
-    "flies": "kite 9 | hat 6 | leaf 3",
+    "rolls": "ball 9 | bead 5 | top 4",
+    "flies": "kite 9 | hat 6 | cap 3",
     "floats": "boat 8 | duck 5 | cup 3",
     "sinks": "key 6 | bell 5 | ring 4",
 }
 MISHAPS = {
-    "rolls": "fell in a hole 5 | rolled down a hill 4 | rolled under a log 3 | got stuck in the mud 2",
+    "rolls": "fell in a hole 5 | rolled down a hill 4 | got stuck in the mud 3 | rolled under a log 2",
     "flies": "flew up a tree 5 | flew over the lake 3 | got stuck in the mud 2",
     "floats": "went out on the lake 5 | got stuck in the mud 3 | fell in a hole 2",
     "sinks": "fell in the grass 5 | fell in a hole 4 | got stuck in the mud 2",
@@ -366,20 +366,20 @@ GRAMMAR = {
                       "Once there was {a trait} {child} named {hero}. 4 | There was {a trait} {child} named {hero}. 3"),
     "trait": always("little 6 | kind 5 | happy 4 | good 3 | shy 3 | brave 2 | funny 1 | silly 1"),
     "child": always("girl 11 | boy 9"),
-    "hero": given("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Amy 3 | Eve 2 | Zoe 1",
-                            "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Max 4 | Leo 3 | Jim 2 | Dan 1"}),
+    "hero": given("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Eve 3 | Nan 2 | Ava 1",
+                            "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
     "toy": always("{He} had {a colour} {thing}. 5 | {He} loved {his} {colour} {thing}. 4 |"
                   "{He} found {a colour} {thing}. 2"),
-    "colour": always("red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | orange 1"),
+    "colour": always("red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | tan 1"),
     "thing": always(" | ".join(KINDS.values())),
     "outing": always("One {weather} {time}, {he} took it to the {place}. 5 |"
                      "One {weather} {time}, {he} went to the {place}. 4"),
     "weather": always("sunny 8 | warm 6 | windy 5 | cold 4 | hot 3 | rainy 2 | foggy 1"),
     "time": always("day 5 | morning 4 | night 2"),
-    "place": always("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | garden 2 | town 1"),
+    "place": always("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 | garden 1"),
     "meeting": always("There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4"),
     "animal": always("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 | ant 1"),
-    "friend": always("Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Gus 2 | Ned 1"),
+    "friend": always("Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Pom 2 | Mo 1"),
     "trouble": always("But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 | Oh no! The {thing} {mishap}. 3"),
     "mishap": given("thing", {thing: MISHAPS[kind] for kind, line in KINDS.items() for thing in weighted(line)}),
     "sorrow": always("{hero} was {feeling} and {reaction}. 5 | {hero} felt {feeling} and {reaction}. 4"),
