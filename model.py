@@ -123,6 +123,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def empty_embedding(rows, size):
+    """An embedding whose weights GPT.init_weights or a checkpoint fills in."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+
+
 class GPT(nn.Module):
     """A pre-norm transformer decoder whose embedding is also its output matrix."""
 
@@ -130,15 +135,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = empty_embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        rope = None if learned else rotary_tables(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("rope", rope, persistent=False)  # (2, block_size, D)
+        self.wpe = empty_embedding(config.block_size, config.n_embd) if learned else None
+        rope = None if learned else torch.empty(2, config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("rope", rope, persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd)
-        self.init_weights()
+        if not self.wte.weight.is_meta:  # torch loads its compiler, 2 seconds, to draw weights that are not there
+            self.init_weights()
 
     def init_weights(self):
         """Matrices N(0, 0.02); the two that write the residual stream and all biases 0; norms 1.
@@ -150,6 +156,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=EMBEDDING_STD if name.startswith("w") else 0.02)
+        self.init_rope()
+
+    def init_rope(self):
+        if self.rope is not None:
+            self.rope = rotary_tables(self.config.block_size, self.config.n_embd // self.config.n_head)
 
     def hidden(self, idx, cache=None):
         """Final hidden states (B, T, C) of the tokens idx (B, T), which follow what the cache holds."""
@@ -343,8 +354,7 @@ def build_model(contents, where):
     if not all(weight.isfinite().all() for weight in contents["model"].values()):
         raise UserError(f"{where} holds weights that are not finite: use another one with --checkpoint.")
     model.load_state_dict(contents["model"], assign=True)
-    if model.rope is not None:  # not saved, and only a shape so far
-        model.rope = rotary_tables(config.block_size, config.n_embd // config.n_head)
+    model.init_rope()  # not saved, and only a shape so far
     return model.eval()
 
 
