@@ -36,7 +36,7 @@ FUSED = {"attn.c_attn": ("attn.q", "attn.k", "attn.v"), "mlp.c_fc": ("mlp.gate",
 
 
 def architecture(config, where):
-    """'llama' or 'qwen3': the stock architecture that computes what this model computes. UserError where there is none."""
+    """'llama' or 'qwen3', the stock architecture that computes what this model computes; UserError if there is none."""
     if config.position == "learned":
         raise UserError(f"{where} has learned positions, and no stock class of transformers or llama.cpp holds them "
                         "together with RMSNorm and SwiGLU. A rotary model can be exported: train one with "
@@ -55,7 +55,7 @@ def split_weights(model):
         if module.startswith("blocks."):
             _, layer, module = module.split(".", 2)
         modules = FUSED.get(module, (module,))
-        for module, part in zip(modules, tensor.float().chunk(len(modules))):
+        for module, part in zip(modules, tensor.float().chunk(len(modules)), strict=True):
             yield module, layer, kind, part
 
 
@@ -84,7 +84,7 @@ def hf_config(config, kind):
 
 
 def generation_config(config):
-    """The defaults of chat.py, but a text that leaves room for a prompt: positions past the context were never trained."""
+    """The defaults of chat.py, short enough for a prompt before: positions past the context were never trained."""
     sample = SampleConfig()
     return dict(bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=True, temperature=sample.temperature,
                 top_k=sample.top_k, top_p=sample.top_p,
@@ -108,24 +108,26 @@ def merges(tokenizer):
 
 
 def tokenizer_json(tokenizer):
-    """tokenizer.json: SentencePiece's pieces and merges, no added space, bos in front where special tokens are wanted."""
+    """tokenizer.json: SentencePiece's pieces and merges, no space added, bos in front (add_special_tokens)."""
     special = [tokenizer.id_to_piece(i) for i in range(3)]
-    bos = special[1]
+    bos, first, second = dict(id=special[1], type_id=0), dict(id="A", type_id=0), dict(id="B", type_id=0)
+    single = [dict(SpecialToken=bos), dict(Sequence=first)]
     return dict(
         version="1.0", truncation=None, padding=None,
         added_tokens=[dict(id=i, content=piece, single_word=False, lstrip=False, rstrip=False, normalized=False,
                            special=True) for i, piece in enumerate(special)],
         normalizer=dict(type="Replace", pattern=dict(String=" "), content="▁"), pre_tokenizer=None,
-        post_processor=dict(type="TemplateProcessing",
-                            single=[dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0))],
-                            pair=[dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0)),
-                                  dict(SpecialToken=dict(id=bos, type_id=1)), dict(Sequence=dict(id="B", type_id=1))],
-                            special_tokens={bos: dict(id=bos, ids=[1], tokens=[bos])}),
+        post_processor=dict(type="TemplateProcessing", single=single, pair=single + [dict(Sequence=second)],
+                            special_tokens={special[1]: dict(id=special[1], ids=[1], tokens=[special[1]])}),
         decoder=dict(type="Sequence", decoders=[dict(type="Replace", pattern=dict(String="▁"), content=" "),
                                                 dict(type="ByteFallback"), dict(type="Fuse")]),
         model=dict(type="BPE", dropout=None, unk_token=special[0], continuing_subword_prefix=None,
                    end_of_word_suffix=None, fuse_unk=True, byte_fallback=True, ignore_merges=False,
                    vocab={tokenizer.id_to_piece(i): i for i in range(len(tokenizer))}, merges=merges(tokenizer)))
+
+
+def special_tokens(tokenizer):
+    return {f"{name}_token": tokenizer.id_to_piece(i) for i, name in enumerate(["unk", "bos", "eos"])}
 
 
 def tokenizer_config(tokenizer, config):
@@ -136,32 +138,27 @@ def tokenizer_config(tokenizer, config):
         split_special_tokens=True, padding_side="left")
 
 
-def special_tokens(tokenizer):
-    return {f"{name}_token": tokenizer.id_to_piece(i) for i, name in enumerate(["unk", "bos", "eos"])}
-
-
 def write_hf(output, contents, model, where):
-    kind = architecture(model.config, where)
-    tokenizer = read_tokenizer(contents["tokenizer"], model.config.vocab_size, where)
-    safetensors = optional("safetensors", "hf")
+    config, kind = model.config, architecture(model.config, where)
+    tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, where)
+    safetensors, save_file = optional("safetensors", "hf"), optional("safetensors.torch", "hf").save_file
+    files = {"config.json": hf_config(config, kind), "generation_config.json": generation_config(config),
+             "special_tokens_map.json": special_tokens(tokenizer), "tokenizer.json": tokenizer_json(tokenizer),
+             "tokenizer_config.json": tokenizer_config(tokenizer, config)}
     with staged(output) as folder:
         folder.mkdir()
-        weights = {f"{NAMES[module][0].format(layer)}.{name}": part for module, layer, name, part in split_weights(model)}
-        try:
-            importlib.import_module("safetensors.torch").save_file(weights, folder / "model.safetensors", dict(format="pt"))
-        except safetensors.SafetensorError as error:
-            raise OSError(error) from error
-        for name, values in [("config.json", hf_config(model.config, kind)),
-                             ("generation_config.json", generation_config(model.config)),
-                             ("special_tokens_map.json", special_tokens(tokenizer)),
-                             ("tokenizer.json", tokenizer_json(tokenizer)),
-                             ("tokenizer_config.json", tokenizer_config(tokenizer, model.config))]:
-            indent = None if name == "tokenizer.json" else 2
+        for name, values in files.items():
             with replacing(folder / name, "w") as file:
-                json.dump(values, file, ensure_ascii=False, indent=indent)
+                json.dump(values, file, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
         with replacing(folder / "tokenizer.model") as file:
             file.write(contents["tokenizer"])
-    return f"as {hf_config(model.config, kind)['architectures'][0]}", (
+        weights = {f"{NAMES[module][0].format(layer)}.{name}": part
+                   for module, layer, name, part in split_weights(model)}
+        try:
+            save_file(weights, folder / "model.safetensors", dict(format="pt"))
+        except safetensors.SafetensorError as error:  # a full disk, mostly
+            raise OSError(error) from error
+    return files["config.json"]["architectures"][0], (
         "Try it (pip install transformers):\n"
         "  python -c \"from transformers import pipeline; "
         f"print(pipeline('text-generation', {output.as_posix()!r})('Once upon a time')[0]['generated_text'])\"")
@@ -170,50 +167,37 @@ def write_hf(output, contents, model, where):
 # llama.cpp: one GGUF file.
 
 def interleave(rows, n_head):
-    """Rotary pairs (i, i + D/2) of each head's rows (C, ...) moved to (2i, 2i + 1), where llama.cpp looks for Llama's."""
+    """Rotary pairs, rows i and i + D/2 of each head in rows (C, ...), moved to 2i and 2i + 1: llama.cpp's for Llama."""
     heads = rows.view(n_head, 2, -1, *rows.shape[1:])  # (H, 2, D/2, ...)
     return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def token_type(tokenizer, i, types):
+    return (types.UNKNOWN if tokenizer.is_unknown(i) else types.CONTROL if tokenizer.is_control(i) else
+            types.BYTE if tokenizer.is_byte(i) else types.NORMAL)
 
 
 def write_gguf(output, contents, model, where):
     config, kind = model.config, architecture(model.config, where)
     tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, where)
     gguf = optional("gguf", "gguf")
+    ids, head_size = range(len(tokenizer)), config.n_embd // config.n_head
+    facts = dict(
+        name=output.stem, file_type=gguf.LlamaFileType.ALL_F32, vocab_size=config.vocab_size,
+        context_length=config.block_size, embedding_length=config.n_embd, block_count=config.n_layer,
+        feed_forward_length=config.intermediate_size, head_count=config.n_head, head_count_kv=config.n_head,
+        key_length=head_size, value_length=head_size, rope_dimension_count=head_size, rope_freq_base=ROPE_BASE,
+        layer_norm_rms_eps=NORM_EPS,
+        tokenizer_model="llama", tokenizer_pre="default",  # llama.cpp's name for SentencePiece BPE
+        token_list=[tokenizer.id_to_piece(i) for i in ids], token_scores=[tokenizer.get_score(i) for i in ids],
+        token_types=[token_type(tokenizer, i, gguf.TokenType) for i in ids], unk_token_id=0, bos_token_id=1,
+        eos_token_id=2, add_bos_token=True, add_eos_token=False, add_space_prefix=False)
     with staged(output) as path:
         writer = gguf.GGUFWriter(path, kind)
-        head_size = config.n_embd // config.n_head
-        writer.add_name(output.stem)
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.block_size)
-        writer.add_embedding_length(config.n_embd)
-        writer.add_block_count(config.n_layer)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.n_head)
-        writer.add_head_count_kv(config.n_head)
-        writer.add_key_length(head_size)
-        writer.add_value_length(head_size)
-        writer.add_rope_dimension_count(head_size)
-        writer.add_rope_freq_base(ROPE_BASE)
-        writer.add_layer_norm_rms_eps(NORM_EPS)
-
-        writer.add_tokenizer_model("llama")  # SentencePiece BPE
-        writer.add_tokenizer_pre("default")
-        ids = range(len(tokenizer))
-        writer.add_token_list([tokenizer.id_to_piece(i) for i in ids])
-        writer.add_token_scores([tokenizer.get_score(i) for i in ids])
-        types = gguf.TokenType
-        writer.add_token_types([types.UNKNOWN if tokenizer.is_unknown(i) else types.CONTROL if tokenizer.is_control(i)
-                                else types.BYTE if tokenizer.is_byte(i) else types.NORMAL for i in ids])
-        writer.add_unk_token_id(0)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(True)
-        writer.add_add_eos_token(False)
-        writer.add_add_space_prefix(False)
-
+        for fact, value in facts.items():
+            getattr(writer, f"add_{fact}")(value)
         for module, layer, name, part in split_weights(model):
-            if kind == "llama" and module in ("attn.q", "attn.k"):  # Qwen3's rotary pairs are halves, as ours
+            if kind == "llama" and module in ("attn.q", "attn.k"):  # for Qwen3, llama.cpp pairs rows as we do
                 part = interleave(part, config.n_head)
             writer.add_tensor(f"{NAMES[module][1].format(layer)}.{name}", part.numpy())
         try:
@@ -222,8 +206,8 @@ def write_gguf(output, contents, model, where):
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    return f"for llama.cpp's {kind}", (
-        "Try it (llama.cpp; older ones call the program llama-cli):\n"
+    return f"llama.cpp's {kind}", (
+        "Try it (llama.cpp; its older versions call the program llama-cli):\n"
         f"  llama-completion -m \"{output}\" -no-cnv -p \"Once upon a time\" -n 200 --temp 0.6 --top-k 20")
 
 
@@ -235,11 +219,12 @@ def write_pt(output, contents, model, where):
 # The output: refused before any work, complete or not there.
 
 def optional(module, format):
-    """The module that only this format needs."""
+    """A module that only this format needs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"--format {format} needs the package {module} ({error}): pip install {module}") from error
+        package = module.split(".")[0]
+        raise UserError(f"--format {format} needs the package {package} ({error}): pip install {package}") from error
 
 
 def check_output(output, format, checkpoint, overwrite):
@@ -260,7 +245,7 @@ def check_output(output, format, checkpoint, overwrite):
 
 @contextlib.contextmanager
 def staged(output):
-    """A path in a temporary folder beside `output`: what the block writes there takes its place when the block ends well."""
+    """A path in a temporary folder beside `output`: what the block wrote there takes its place when it ends well."""
     folder = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     new, old = folder / "new", folder / "old"
     try:
@@ -312,7 +297,8 @@ def main(format, output, checkpoint, out_dir, overwrite):
     transformers and in llama.cpp with no code from here.
     """
     if checkpoint is None:
-        checkpoint = next((path for path in (out_dir / "best.pt", out_dir / "ckpt.pt") if path.exists()), out_dir / "best.pt")
+        best, latest = out_dir / "best.pt", out_dir / "ckpt.pt"
+        checkpoint = latest if latest.exists() and not best.exists() else best
     check_output(output, format, checkpoint, overwrite)
     contents = read_checkpoint(checkpoint)
     model = build_model(contents, checkpoint)
