@@ -365,17 +365,17 @@ GRAMMAR = {
     "opening": always("Once upon a time, there was {a trait} {child} named {hero}. 5 |"
                       "Once there was {a trait} {child} named {hero}. 4 | There was {a trait} {child} named {hero}. 3"),
     "trait": always("little 6 | kind 5 | happy 4 | good 3 | shy 3 | brave 2 | funny 1 | silly 1"),
-    "child": always("girl 11 | boy 9"),
+    "child": always("girl 1 | boy 1"),
     "hero": given("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Eve 3 | Nan 2 | Ava 1",
                             "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
     "toy": always("{He} had {a colour} {thing}. 5 | {He} loved {his} {colour} {thing}. 4 |"
-                  "{He} found {a colour} {thing}. 2"),
+                  "{He} found {a colour} {thing}. 3"),
     "colour": always("red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | tan 1"),
     "thing": always(" | ".join(KINDS.values())),
     "outing": always("One {weather} {time}, {he} took it to the {place}. 5 |"
                      "One {weather} {time}, {he} went to the {place}. 4"),
     "weather": always("sunny 8 | warm 6 | windy 5 | cold 4 | hot 3 | rainy 2 | foggy 1"),
-    "time": always("day 5 | morning 4 | night 2"),
+    "time": always("day 5 | morning 4 | night 3"),
     "place": always("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 | garden 1"),
     "meeting": always("There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4"),
     "animal": always("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 | ant 1"),
@@ -515,7 +515,8 @@ def open_source(config):
 def sample_source():
     """The built-in corpus. No validation story occurs in train."""
     held = sample_stories(VAL_STORIES, seed=1)
-    train = [story for story in sample_stories(TRAIN_STORIES, seed=0) if story not in set(held)]
+    unseen = set(held)
+    train = [story for story in sample_stories(TRAIN_STORIES, seed=0) if story not in unseen]
     return Split(lambda: iter(train), len(train)), Split(lambda: iter(held), len(held))
 
 
@@ -913,6 +914,9 @@ def train_vocab(data_dir, vocab_size, overwrite):
     name = f"tok{vocab_size}.model"
     if name in plan["files"]:
         return click.echo(f"vocabulary: already in {folder / name}.")
+    meta = read_json(data_dir / "meta.json")
+    if meta and not overwrite and check_same(meta["arguments"], arguments, f"the corpus in {data_dir}", overwrite):
+        return click.echo(f"vocabulary: already in {data_dir / name}.")
     start = time.monotonic()
     total = sum(entry["bytes"] for file, entry in text["files"].items() if file.startswith("train"))
     rate, seed = min(1.0, VOCABULARY_BYTES / total), text["arguments"]["seed"]
@@ -995,7 +999,11 @@ def write_shard(path, encoded):
 def pretokenize(data_dir, workers, overwrite):
     """Encode the text to shards on all cores, then put shards, tokenizer and meta.json in place."""
     text, folder, start = finished_text(data_dir), partial_folders(data_dir)[0], time.monotonic()
-    plan = read_json(folder / "plan.json") or reuse_tokenizer(data_dir, text, folder, overwrite)
+    plan, meta = read_json(folder / "plan.json"), read_json(data_dir / "meta.json")
+    if plan is None and meta and not overwrite:
+        check_same(meta["arguments"], text["arguments"], f"the corpus in {data_dir}", overwrite)
+        return click.echo(f"tokens: already in {data_dir}.")
+    plan = plan or reuse_tokenizer(data_dir, text, folder, meta)
     if {**plan["arguments"], "vocab_size": None} != {**text["arguments"], "vocab_size": None}:
         raise UserError(f"the vocabulary in {folder} was made from other text than that in {data_dir / 'text'}: run "
                         "`python preprocess.py train-vocab --overwrite` first.")
@@ -1018,13 +1026,10 @@ def pretokenize(data_dir, workers, overwrite):
     finish(data_dir, folder, plan)
 
 
-def reuse_tokenizer(data_dir, text, folder, overwrite):
+def reuse_tokenizer(data_dir, text, folder, meta):
     """A plan that starts from the vocabulary of the finished corpus, for `pretokenize --overwrite` alone."""
-    meta = read_json(data_dir / "meta.json")
     if meta is None:
         raise UserError(f"there is no vocabulary in {data_dir}: run `python preprocess.py train-vocab` first.")
-    if not overwrite:
-        raise UserError(f"the corpus in {data_dir} is prepared already: pass --overwrite to encode it again.")
     tokenizer = Tokenizer.from_file(data_dir / meta["tokenizer"]["file"])
     with replacing(folder / meta["tokenizer"]["file"]) as file:
         file.write(tokenizer.model_bytes)
