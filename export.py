@@ -92,19 +92,11 @@ def generation_config(config):
 
 
 def merges(tokenizer):
-    """The pairs (left, right) that SentencePiece may join, in the order in which it prefers them.
-
-    Where two ways to make one piece overlap in the text, SentencePiece joins the left one first, while here the order
-    decides. They overlap where left + middle == middle + right is the piece, so the way whose right part also begins
-    the piece comes first. For a piece like "hahaha" that holds of both, and the longer left part is what occurs.
-    """
+    """The pairs (left, right) that SentencePiece may join, those of the best piece first: every way to cut each piece."""
     scores = {tokenizer.id_to_piece(i): tokenizer.get_score(i) for i in range(len(tokenizer))
               if not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_byte(i))}
-    pairs = []
-    for piece in sorted(scores, key=scores.get, reverse=True):
-        ways = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
-        pairs += sorted(ways, key=lambda way: (not piece.startswith(way[1]), -len(way[0])))
-    return pairs
+    return [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
+            for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
 
 
 def tokenizer_json(tokenizer):

@@ -160,7 +160,7 @@ def test_auto_tokenizer_gives_sentencepiece_ids_on_awkward_strings(transformers,
 
 
 def test_auto_tokenizer_gives_sentencepiece_ids_on_random_mixtures(transformers, hf, pieces):
-    """Runs of what overlaps itself: there the order of merges decides."""
+    """Runs of what overlaps itself, too: there it matters which pair is joined first."""
     tokenizer, rng = transformers.AutoTokenizer.from_pretrained(hf["llama"]), random.Random(5)
     parts = ["a", "aa", "h", "ha", "ah", " ", "\n", "Tom", " the", "1", "é", "你", "</s>", "\t", "ppy", "d"]
     for _ in range(3000):
@@ -368,6 +368,22 @@ def test_a_failure_midway_keeps_the_earlier_export_and_leaves_nothing_else(hf, r
     assert kind == "KeyboardInterrupt" or f"cannot write {tmp_path / 'x'}: disk full" in result.output
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_moved_in_place_gives_the_earlier_one_back(hf, runs, tmp_path, monkeypatch):
+    arguments = "--format", "hf", "--out-dir", runs / "llama", "--output", tmp_path / "x"
+    assert run_export(*arguments).exit_code == 0
+    (tmp_path / "x" / "config.json").write_text("old")
+    replace = os.replace
+
+    def locked(source, target):
+        if str(source).endswith("new"):
+            raise PermissionError(13, "in use")
+        replace(source, target)
+    monkeypatch.setattr(export.os, "replace", locked)
+    result = run_export(*arguments, "--overwrite")
+    assert result.exit_code == 1 and f"cannot write {tmp_path / 'x'}: in use" in result.output
+    assert (tmp_path / "x" / "config.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_best_checkpoint_is_taken_and_no_checkpoint_says_what_to_type(tmp_path, tokenizer_bytes):
