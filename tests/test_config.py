@@ -220,12 +220,6 @@ def test_heads_must_divide_the_width(values, message):
         GPTConfig(**values)
 
 
-def test_the_last_learning_rate_is_not_above_the_peak():
-    with pytest.raises(UserError, match="min_lr is 0.0002; it must be at most learning_rate"):
-        TrainConfig(learning_rate=1e-4)
-    assert TrainConfig(learning_rate=1e-4, min_lr=1e-4).min_lr == 1e-4
-
-
 ANY_VALUE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.complex_numbers(),
                       st.lists(st.integers()), st.dictionaries(st.text(), st.integers()))
 
