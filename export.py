@@ -92,7 +92,7 @@ def generation_config(config):
 
 
 def merges(tokenizer):
-    """The pairs (left, right) that SentencePiece may join, those of the best piece first: every way to cut each piece."""
+    """The pairs (left, right) that SentencePiece may join: every way to cut each piece, the best piece first."""
     scores = {tokenizer.id_to_piece(i): tokenizer.get_score(i) for i in range(len(tokenizer))
               if not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_byte(i))}
     return [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
