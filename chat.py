@@ -24,17 +24,20 @@ from config import (COMMAND_LINE, GroupedCommand, SampleConfig, SettingOption, T
 from model import build_model, choose_device, choose_dtype, read_checkpoint
 
 WELCOME = """\
-This is a base model: it does not answer, it continues your text. Type the beginning of a story, or just Enter for one
-from nothing. /help lists the commands, /quit leaves."""
+This is a base model: it does not answer, it continues your text.
+Type the beginning of a story, or only Enter for one from nothing.
+/help lists the commands, /quit leaves."""
 HELP = """\
-TEXT             the model continues it (Enter alone: a story from nothing; with --keep-context, the story goes on)
+TEXT             the model continues it; Enter alone: a story from nothing, or
+                 with --keep-context the story goes on
 \"\"\"              begins a text of several lines, and \"\"\" ends it
 //TEXT           a text that begins with a slash
-/set NAME VALUE  change a setting, for example /set temperature 0.8
-/show            the settings, the checkpoint and how much of the window is used
+/set NAME VALUE  change a setting, for example: /set temperature 0.8
+/show            the settings, the checkpoint, how much of the window is used
 /retry           write the last continuation anew, with the next seed
 /reset           forget the story so far
-/quit            leave (so do quit, exit and the end of input: Ctrl-D, or Ctrl-Z and Enter on Windows)
+/quit            leave; so do quit, exit and the end of input (Ctrl-D, or on
+                 Windows Ctrl-Z and Enter)
 Ctrl-C           stop the model's writing; what it wrote stays"""
 # A model that has learned little may write bytes that a terminal obeys; newline and tab may stay.
 CONTROL = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -321,14 +324,19 @@ def read_line(prompt, interrupts):
 
 
 def read_text(interrupts):
-    """A line, or the lines between two \"\"\", as typed."""
+    """A line, or the lines between two \"\"\", as typed; None where Ctrl-C came between these."""
     line = read_line("Story> ", interrupts)
     if not line.startswith('"""'):
         return line
     text = line[3:]
-    while not text.endswith('"""'):
-        text += "\n" + read_line("  ...> ", interrupts)
-    return text.removesuffix('"""')
+    try:
+        while not text.endswith('"""'):
+            text += "\n" + read_line("  ...> ", interrupts)
+    except KeyboardInterrupt:
+        click.echo()
+        return note("The text is dropped.")
+    text = text.removesuffix('"""')
+    return f"/{text}" if text.startswith("/") else text  # never a command, see answer()
 
 
 def obey(session, line):
@@ -384,7 +392,7 @@ def converse(session):
             note("Ctrl-C again leaves, as does /quit.")
             continue
         hinted = False
-        if not answer(session, text):
+        if text is not None and not answer(session, text):
             return 0
 
 

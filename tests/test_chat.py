@@ -222,6 +222,10 @@ def test_text_that_only_begins_like_a_stop_string_is_printed():
     assert reply.stop == "end of story"
 
 
+def test_the_first_of_several_stop_strings_counts():
+    assert "".join(chat.until_stop(["one two three four"], ["three", "two", "four"], chat.Reply(0, 0))) == "one "
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_however_the_text_is_cut_the_stop_string_is_found(size):
     text, reply = "aaabaaabaaac and more", chat.Reply(0, 0)
@@ -254,16 +258,16 @@ def test_an_unknown_command_gets_a_hint_and_does_not_reach_the_model(monkeypatch
 
 
 def test_two_slashes_are_a_text_that_begins_with_one(monkeypatch, reciter, capsys):
-    converse(monkeypatch, reciter("/home", " was far."), ["//home"])
-    assert capsys.readouterr().out == " was far.\n\n"
+    converse(monkeypatch, reciter("/home", " was far."), ["//home", '"""/home"""'])
+    assert capsys.readouterr().out == " was far.\n was far.\n\n"
 
 
 def test_three_quotes_begin_and_end_a_text_of_several_lines(monkeypatch, reciter, capsys):
     folder = reciter("Tim\n\nand", " Lily")
     converse(monkeypatch, folder, ['"""Tim', "", 'and"""'])
     assert capsys.readouterr().out == " Lily\n\n"
-    converse(monkeypatch, folder, ['"""Tim', "", KeyboardInterrupt(), "Tim\n\nand"])
-    assert capsys.readouterr().out == "\n Lily\n\n"
+    converse(monkeypatch, folder, [KeyboardInterrupt(), '"""Tim', KeyboardInterrupt(), "Tim\n\nand"])
+    assert capsys.readouterr().out == "\n\n Lily\n\n"
 
 
 def test_set_takes_the_values_of_the_flag_and_refuses_the_others(monkeypatch, babbler, capsys):
@@ -352,9 +356,11 @@ def test_ctrl_c_stops_the_reply_and_the_story_keeps_what_was_written(monkeypatch
     monkeypatch.setattr(chat, "show", show_and_press)
     seen = prompts_seen(monkeypatch, babbler, ["Once", ""], keep_context=True, max_new_tokens=50)
     out, err = capsys.readouterr()
+    stopped, whole = out.split("\n")[:2]
     assert "interrupted" in err
-    assert 5 <= len(out.split("\n")[0]) <= 7
-    assert seen[1] == "Once" + out.split("\n")[0]
+    assert 5 <= len(stopped) <= 7
+    assert len(whole) == 50
+    assert seen[1] == "Once" + stopped
 
 
 def test_ctrl_c_at_the_prompt_hints_and_twice_leaves_with_130(monkeypatch, babbler, capsys):
