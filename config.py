@@ -136,14 +136,15 @@ class TrainConfig(Settings):
 
     tokens_per_iter: int = option(65536, "tokens per iteration (the learning dial)", min=2, group="Learning")
     max_iters: int = option(30000, "iterations, each one optimizer update", min=1)
-    optimizer: str = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
+    optimizer: str = option("muon", "muon: Muon for the blocks' matrices, AdamW for embeddings and norms",
                             choices=("adamw", "muon"))
-    learning_rate: float = option(2e-3, "peak learning rate of AdamW", above=0, max=10)
-    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, max=10)
-    schedule: str = option("cosine", "after the warmup: cosine decay, or constant and then linear decay (wsd)",
+    learning_rate: float = option(2e-3, "peak learning rate, where AdamW is alone", above=0, max=10)
+    muon_learning_rate: float = option(0.02, "muon: peak learning rate of the matrices", above=0, max=10)
+    embedding_learning_rate: float = option(0.01, "muon: peak learning rate of embeddings and norms", above=0, max=10)
+    schedule: str = option("wsd", "after the warmup: cosine decay, or constant and then linear decay (wsd)",
                            choices=("cosine", "wsd"))
-    min_lr: float = option(2e-4, "AdamW's learning rate at the end; Muon's falls by the same factor", min=0, max=10)
-    warmup_iters: int = option(200, "iterations of linear warmup (at most a tenth of max-iters)", min=0)
+    min_lr_share: float = option(0.0, "learning rate at the end, as a share of its peak", min=0, max=1)
+    warmup_iters: int = option(100, "iterations of linear warmup (at most a tenth of max-iters)", min=0)
     decay_share: float = option(0.4, "wsd: share of the run that decays", min=0, max=1)
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", min=0, max=100)
     beta1: float = option(0.9, "AdamW: decay of the gradient's running mean", min=0, below=1)
@@ -168,11 +169,6 @@ class TrainConfig(Settings):
     final_eval_tokens: int = option(0, "the same after the last iteration; 0 reads all", min=0)
     sample_tokens: int = option(200, "length of the story printed at an evaluation; 0 prints none", min=0)
     save_minutes: float = option(10.0, "minutes between two saves, beside those at evaluations", above=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.min_lr > self.learning_rate:
-            raise UserError(f"min_lr is {self.min_lr}; it must be at most learning_rate ({self.learning_rate}).")
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ PRESETS = {
     "llama": dict(position="rotary"),
     "demo": dict(block_size=160, n_layer=3, n_head=4, n_embd=128, intermediate_size=256, position="rotary",
                  qk_norm=True, align_stories=True, tokens_per_iter=5120, batch_size=32, max_iters=500,
-                 learning_rate=3e-3, min_lr=0.0, warmup_iters=50, eval_interval=100, eval_tokens=20000),
+                 embedding_learning_rate=6e-3, warmup_iters=50, eval_interval=100, eval_tokens=20000),
 }
 
 

@@ -28,51 +28,71 @@ RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device",
 MANY_EPOCHS = 20
 COMPILE_WORTH_SECONDS = 120
 SKIPS_IN_A_ROW = 30
+PLAN_ITERS = 8
+WORKSPACE = 96 * 2**20  # what cuBLAS and the allocator take, measured
 
 
 # The optimizer.
 
 def orthogonalize(x):
-    """The nearest semi-orthogonal matrix to each of x (N, rows, cols), roughly: 5 quintic Newton-Schulz steps.
+    """The nearest semi-orthogonal matrix to each of x (N, rows <= cols), roughly: 5 quintic Newton-Schulz steps.
 
     Coefficients of Keller Jordan (2024): singular values land in about 0.7..1.2, which is enough for Muon.
     """
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+    return x
+
+
+def muon_update(gradient, momentum, decay, dtype):
+    """The step for a batch of matrices (N, rows, cols), which also moves their momentum on (Nesterov)."""
+    momentum.lerp_(gradient, 1 - decay)
+    return orthogonalize(gradient.lerp(momentum, decay).to(dtype)).to(gradient.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, for matrices (Jordan et al. 2024). All matrices of one shape are treated in one batch.
+    """Momentum, made orthogonal, for matrices (Jordan et al. 2024). The matrices of a group are treated in one batch.
 
-    A fused matrix (queries, keys and values; gate and up) counts as its parts: `parts` of each parameter group.
+    Weights come as (weight, parts): a fused one (queries, keys, values; gate, up) counts as its parts. A group holds
+    one shape, tall ones lying on their side; that takes a quarter of the time of one matrix after the other.
     """
 
-    def __init__(self, groups, lr, weight_decay, momentum=0.95):
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=1))
+    def __init__(self, weights, lr, weight_decay, momentum=0.95):
+        groups = {}
+        for weight, parts in weights:
+            shape = (weight.shape[0] // parts, weight.shape[1])
+            group = groups.setdefault(tuple(sorted(shape)), dict(params=[], parts=[]))
+            group["params"].append(weight)
+            group["parts"].append(parts)
+        super().__init__(list(groups.values()), dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.update = muon_update  # train.py puts the compiled one here when it compiles the model
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights, parts = group["params"], group["parts"]
-            rows, cols = weights[0].shape[0] // parts, weights[0].shape[1]
-            gradient = torch.stack([weight.grad for weight in weights])  # (N, parts * rows, cols)
+            weights, counts = group["params"], group["parts"]
+            lying = [turned(weight.grad, parts) for weight, parts in zip(weights, counts, strict=True)]
+            gradient = torch.cat(lying)  # (N, rows, cols)
             state = self.state[weights[0]]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(gradient)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
             # bfloat16 keeps float32's range, which the iteration needs; float16 does not.
-            fast = update.is_cuda and torch.cuda.get_device_capability(update.device)[0] >= 8
-            update = orthogonalize(update.view(-1, rows, cols).to(torch.bfloat16 if fast else torch.float32))
-            update = update.reshape(gradient.shape).to(gradient.dtype)
+            fast = gradient.is_cuda and torch.cuda.get_device_capability(gradient.device)[0] >= 8
+            update = self.update(gradient, state["momentum"], group["momentum"],
+                                 torch.bfloat16 if fast else torch.float32)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, list(update.unbind()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+            for weight, parts, part in zip(weights, counts, update.split(counts), strict=True):
+                rows, cols = weight.shape[0] // parts, weight.shape[1]
+                part = part.mT if rows > cols else part
+                weight.view(parts, rows, cols).add_(part, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+
+
+def turned(matrix, parts):
+    """The parts of a matrix as a batch (parts, rows, cols) with rows <= cols."""
+    batch = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
+    return batch.mT if batch.shape[1] > batch.shape[2] else batch
 
 
 class Optimizers:
@@ -111,32 +131,35 @@ class Optimizers:
 def make_optimizer(model, config):
     """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings and norms."""
     use_muon = config.optimizer == "muon"
-    muon, decayed, others = {}, [], []
+    muon, decayed, others = [], [], []
     for name, weight in model.named_parameters():
         if use_muon and name.startswith("blocks") and weight.dim() == 2:
-            parts = 3 if "c_attn" in name else 2 if "c_fc" in name else 1
-            muon.setdefault((weight.shape, parts), []).append(weight)
+            muon.append((weight, 3 if "c_attn" in name else 2 if "c_fc" in name else 1))
         else:
             (decayed if weight.dim() == 2 and not use_muon else others).append(weight)
     adamw = torch.optim.AdamW(
         [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
-        lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=next(model.parameters()).is_cuda)
+        lr=config.embedding_learning_rate if use_muon else config.learning_rate, betas=(config.beta1, config.beta2),
+        fused=next(model.parameters()).is_cuda)
     if not use_muon:
         return Optimizers(adamw)
-    groups = [dict(params=weights, parts=parts) for (_, parts), weights in muon.items()]
-    return Optimizers(Muon(groups, config.muon_learning_rate, config.weight_decay), adamw)
+    return Optimizers(Muon(muon, config.muon_learning_rate, config.weight_decay), adamw)
+
+
+def peak_lr(config):
+    """The learning rate that the log shows: that of most weights."""
+    return config.muon_learning_rate if config.optimizer == "muon" else config.learning_rate
 
 
 def learning_rate_share(it, config):
-    """Share of the peak learning rate at iteration `it` (from 0): linear warmup, then cosine or wsd down to min_lr."""
+    """Share of the peak learning rate at iteration `it` (from 0): linear warmup, then cosine or wsd."""
     warmup = min(config.warmup_iters, config.max_iters // 10)
     if it < warmup:
         return (it + 1) / (warmup + 1)
-    floor = config.min_lr / config.learning_rate
     start = warmup if config.schedule == "cosine" else max(warmup, config.max_iters * (1 - config.decay_share))
     done = min(1.0, max(0.0, (it - start) / max(1, config.max_iters - start)))
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return floor + (1 - floor) * left
+    return config.min_lr_share + (1 - config.min_lr_share) * left
 
 
 # The data order.
@@ -287,6 +310,11 @@ def sample_story(model, tokenizer, tokens, seed, device, dtype):
 
 # One iteration.
 
+def make_scaler(device, dtype):
+    """Loss scaling for float16 on CUDA, whose small gradients would underflow; bfloat16 and float32 do without."""
+    return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16 and device.type == "cuda")
+
+
 class LossNotFinite(Exception):
     """The loss of an iteration is infinite or not a number."""
 
@@ -388,7 +416,8 @@ class Log:
 
     def __init__(self, path, config, progress):
         self.path, self.config = path, config
-        self.keep_until(progress.iter)
+        if path:
+            self.keep_until(progress.iter)
         self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None, dynamic_ncols=True, leave=False,
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {postfix}")
         self.started, self.started_at, self.last = None, progress.iter, replace(progress)
@@ -414,6 +443,7 @@ class Log:
 
     def say(self, text):
         tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def training(self, progress, lr, norm, scale, device):
         """One training line, for the file and for the eye."""
@@ -486,7 +516,7 @@ class Run:
         self.model.checkpoint_activations = config.checkpoint_activations
         self.forward, self.compiled = self.model, False
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.scaler = make_scaler(self.device, self.dtype)
         self.progress = Progress()
         if contents:
             self.restore(contents)
@@ -543,8 +573,12 @@ class Run:
         self.batch_size = sizes[-1]
         self.count = accumulation_steps(self.config, self.model.config.block_size, self.batch_size)
 
-    def compile(self):
-        self.forward, self.compiled = torch.compile(self.model), True
+    def set_compiled(self, compiled):
+        """Run the model, and Muon's arithmetic, through torch.compile or not."""
+        self.forward, self.compiled = torch.compile(self.model) if compiled else self.model, compiled
+        for member in self.optimizer.members:
+            if isinstance(member, Muon):
+                member.update = torch.compile(muon_update) if compiled else muon_update
 
     def iteration(self, log):
         """One optimizer update: (sum of micro-batch losses, gradient norm). Falls back where memory or compiling fail."""
@@ -566,13 +600,13 @@ class Run:
                 self.halve_batch(log)
             else:
                 log.say(f"torch.compile does not work here ({failure}): going on without it.")
-                self.forward, self.compiled = self.model, False
+                self.set_compiled(False)
 
     def start_iteration_again(self):
         """Forget a half-done iteration. A scaler remembers that it has unscaled, so it is made anew from its state."""
         self.optimizer.zero_grad()
         state = self.scaler.state_dict()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler = make_scaler(self.device, self.dtype)
         self.scaler.load_state_dict(state)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -595,8 +629,11 @@ class Run:
 
 def worth_compiling(run, seconds_left):
     """auto compiles only where it can work, and where the run is long enough to win back the half minute it takes."""
-    return (run.config.compile == "auto" and run.device.type == "cuda" and seconds_left > COMPILE_WORTH_SECONDS
-            and importlib.util.find_spec("triton") is not None)
+    return run.config.compile == "auto" and seconds_left > COMPILE_WORTH_SECONDS and can_compile(run.device)
+
+
+def can_compile(device):
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def train(run, log):
@@ -604,7 +641,7 @@ def train(run, log):
     config, progress = run.config, run.progress
     first, saved_at, bad_updates = progress.iter, time.monotonic(), 0
     if config.compile == "on":
-        run.compile()
+        run.set_compiled(True)
     with StopRequest() as stop:
         if progress.iter == 0:
             run.evaluate(log, run.validation)
@@ -627,9 +664,9 @@ def train(run, log):
             if bad_updates > SKIPS_IN_A_ROW:
                 raise UserError(f"{bad_updates} iterations in a row had an infinite gradient: {loss_advice(run)}")
             if progress.iter == first + 4 and worth_compiling(run, each * (config.max_iters - progress.iter)):
-                run.compile()
+                run.set_compiled(True)
             if progress.iter % config.log_interval == 0 or last:
-                log.training(progress, config.learning_rate * share, norm, run.scaler.get_scale(), run.device)
+                log.training(progress, peak_lr(config) * share, norm, run.scaler.get_scale(), run.device)
                 progress.loss_sum, progress.loss_count = 0.0, 0
             evaluated = progress.iter % config.eval_interval == 0 or last
             if evaluated:
@@ -643,9 +680,10 @@ def train(run, log):
 def loss_advice(run):
     """What to do after numbers stopped being finite."""
     good = run.out_dir / ("best.pt" if (run.out_dir / "best.pt").exists() else "ckpt.pt")
+    lr_flag = "muon-learning-rate" if run.config.optimizer == "muon" else "learning-rate"
     kept = f"The last good checkpoint is {good}. " if good.exists() else ""
     return (f"the loss is no longer finite at iteration {run.progress.iter + 1}; nothing was changed by it. {kept}"
-            f"Train again with a lower rate, --learning-rate {run.config.learning_rate / 2:g}, or with "
+            f"Train again with a lower rate, --{lr_flag} {peak_lr(run.config) / 2:g}, or with "
             "--dtype float32 (bfloat16 on RTX 30 and newer), and --overwrite or another --out-dir.")
 
 
@@ -691,6 +729,63 @@ def probe_memory(run, batch_size):
     with torch.random.fork_rng(devices=[run.device]), autocast(run.device, run.dtype):
         run.scaler.scale(run.model(tokens[:, :-1], tokens[:, 1:])).backward()
     return torch.cuda.max_memory_allocated(run.device)
+
+
+def expected_memory(model_config, config, batch_size, dtype, compiled):
+    """Peak bytes of training on CUDA by part, as a dict. Fitted to measurements on an H100: within a tenth there.
+
+    Counted are the tensors that autograd keeps per token. Compiling saves the float32 copies of the logits and, in the
+    MLP, all but the output of its first matrix.
+    """
+    C, V, layers = model_config.n_embd, model_config.vocab_size, model_config.n_layer
+    with torch.device("meta"):
+        model = GPT(model_config)
+    weights = model.count_parameters()
+    matrices = sum(w.numel() for name, w in model.named_parameters() if name.startswith("blocks") and w.dim() == 2)
+    size = dtype.itemsize
+    stream = 8 * C  # block input, ln_1, queries, keys, values, attention, middle, ln_2
+    stream += 2 * C * ((model_config.position == "rotary") + model_config.qk_norm)  # queries and keys once more
+    mlp = model_config.intermediate_size * (2 if compiled else 4)  # gate, up; eager also keeps silu(gate), product
+    per_layer = size * (stream + mlp) + (2 * C if model_config.dropout else 0)  # dropout keeps a mask of bytes
+    kept = (layers * size * C + per_layer) if config.checkpoint_activations else layers * per_layer
+    logits = V * (2 * size if compiled else size + 12)  # eager: half-precision scores and three float32 copies
+    tokens = batch_size * model_config.block_size
+    moments = 8 * weights - (4 * matrices if config.optimizer == "muon" else 0)
+    return {"weights": 4 * weights, "gradients": 4 * weights, "optimizer": moments,
+            "half-precision weights": 0 if dtype is torch.float32 else size * weights,
+            "activations": tokens * (kept + 3 * size * C), "logits": tokens * logits, "workspace": WORKSPACE}
+
+
+def print_plan(run, log):
+    """What this run would take: memory by part, and on a GPU the measured peak and hours of a few iterations."""
+    config, model_config = run.config, run.model.config
+    on_cuda = run.device.type == "cuda"
+    dtype = run.dtype if on_cuda or config.dtype != "auto" else torch.float16
+    compiled = config.compile == "on" or (config.compile == "auto" and (not on_cuda or can_compile(run.device)))
+    parts = expected_memory(model_config, config, run.batch_size, dtype, compiled)
+    how = "compiled" if compiled else "eager"
+    log.say(f"Expected memory on a CUDA card ({str(dtype)[6:]}, {how}, micro-batches of {run.batch_size}):")
+    for name, size in parts.items():
+        log.say(f"  {name:<24}{size / 2**20:8,.0f} MiB")
+    log.say(f"  {'together':<24}{sum(parts.values()) / 2**20:8,.0f} MiB")
+    if not on_cuda:
+        log.say("No CUDA card here, so nothing was measured. Run this again on the machine that trains.")
+        return
+    if compiled:
+        run.set_compiled(True)
+    torch.cuda.reset_peak_memory_stats(run.device)
+    seconds = []
+    for _ in range(PLAN_ITERS):
+        started = time.perf_counter()
+        run.iteration(log)
+        torch.cuda.synchronize(run.device)
+        seconds.append(time.perf_counter() - started)
+        run.progress.iter += 1
+    each = sorted(seconds)[len(seconds) // 2]
+    peak = torch.cuda.max_memory_allocated(run.device)
+    log.say(f"Measured over {PLAN_ITERS} iterations: peak {peak / 2**20:,.0f} MiB, "
+            f"{thousands(config.tokens_per_iter / each)} tokens/s, so {config.max_iters:,} iterations take "
+            f"{duration(each * config.max_iters)} plus evaluations. Nothing was saved.")
 
 
 def check_out_dir(out_dir, resume, overwrite):
@@ -767,10 +862,13 @@ def main(preset, resume, overwrite, plan, **given):
     if run.progress.iter >= config.max_iters:
         raise UserError(f"the run in {out_dir} has finished its {run.progress.iter} iterations: talk to it with `python "
                         f"chat.py --out-dir {out_dir}`, or go on with a larger --max-iters.")
-    log = Log(out_dir / "metrics.jsonl", run.config, run.progress)
+    log = Log(None if plan else out_dir / "metrics.jsonl", run.config, run.progress)
     run.prepare_batches(log)
-    write_config(run)
     describe(run, log)
+    if plan:
+        log.bar.close()
+        return print_plan(run, log)
+    write_config(run)
     stopped_by = train(run, log)
     log.bar.close()
     where = "" if str(out_dir) == TrainConfig.out_dir else f" --out-dir {out_dir}"

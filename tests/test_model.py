@@ -275,23 +275,21 @@ def test_an_input_that_is_too_long_names_both_lengths(position):
 # Dropout
 
 def only(net, site, p):
-    """Leave dropout on at one site alone: embedding, attention, attention residual or mlp residual."""
+    """Leave dropout on at one site alone: embedding, attention residual or mlp residual."""
     net.drop.p = p if site == "embedding" else 0.0
     for block in net.blocks:
-        block.attn.dropout = p if site == "attention" else 0.0
         block.attn.resid_dropout.p = p if site == "attention residual" else 0.0
         block.mlp.resid_dropout.p = p if site == "mlp residual" else 0.0
     return net
 
 
-SITES = ["embedding", "attention", "attention residual", "mlp residual"]
+SITES = ["embedding", "attention residual", "mlp residual"]
 
 
 def test_the_dropout_setting_reaches_every_site():
     net = GPT(replace(TINY, dropout=0.25))
     modules = {name: module.p for name, module in net.named_modules() if isinstance(module, nn.Dropout)}
     assert modules == {"drop": 0.25} | {f"blocks.{i}.{part}.resid_dropout": 0.25 for i in range(2) for part in ("attn", "mlp")}
-    assert [block.attn.dropout for block in net.blocks] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -315,16 +313,6 @@ def test_dropping_everything_at_one_site_removes_that_part_alone(site, removed):
             if any(part in name for part in removed):
                 weight.zero_()
         assert close(net.hidden(idx) @ output.T, without.hidden(idx) @ output.T)
-
-
-def test_attention_dropout_is_that_of_torch(monkeypatch):
-    seen, attention = [], nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention",
-                        lambda *args, dropout_p, **kwargs: (seen.append(dropout_p), attention(*args, **kwargs))[1])
-    net = awake(replace(TINY, n_layer=1, dropout=0.25))
-    net.train()(tokens(1, 4))
-    net.eval()(tokens(1, 4))
-    assert seen == [0.25, 0.0]
 
 
 def test_recomputing_activations_gives_the_same_gradients_dropout_included():

@@ -569,8 +569,7 @@ def test_another_format_version_and_a_damaged_meta_are_named(data):
     (data / "meta.json").write_text('{"format": 99}', encoding="utf-8")
     assert "meta.json" in refused_to_open(data)
     (data / "meta.json").write_text('{"form', encoding="utf-8")
-    with pytest.raises(UserError, match="meta.json is damaged"):
-        open_corpus(data)
+    assert "meta.json is damaged" in refused_to_open(data)
 
 
 def test_preparing_again_finds_a_flipped_bit_that_opening_does_not(data, corpus_file):
