@@ -304,9 +304,11 @@ class Session:
 
 
 def settings_text(sample):
-    """The settings, one a line, each with the help line of its flag."""
-    return "\n".join(f"{field.name} = {str(getattr(sample, field.name)).lower()}".ljust(32) + field.metadata["help"]
-                     for field in dataclasses.fields(sample))
+    """The settings, one a line, each beside the help line of its flag."""
+    formatter = click.HelpFormatter()
+    formatter.write_dl([(f"{field.name} = {str(getattr(sample, field.name)).lower()}", field.metadata["help"])
+                        for field in dataclasses.fields(sample)])
+    return formatter.getvalue().rstrip("\n")
 
 
 # The terminal.
