@@ -34,6 +34,7 @@ MAX_HELD_OUT = 5000                 # validation stories taken from a corpus tha
 BATCH_CHARS = 1 << 18               # text handled at a time
 CHUNK_CHARS = 1 << 14               # longest text that SentencePiece sees at once: at most 65536 bytes
 VOCABULARY_BYTES = 64 * 10**6       # text that the vocabulary is trained on; SentencePiece takes six times this memory
+KINDS_OF_FILE = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 OURS = re.compile(r"(train|val)_\d{3}\.bin|tok\d+\.model")
 
 
@@ -505,7 +506,7 @@ def open_source(config):
         return sample_source()
     if path.exists():
         return local_source(config, path)
-    if path.suffix or config.dataset.startswith((".", "/", "~")) or config.dataset.count("/") > 1 or "\\" in config.dataset:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", config.dataset) or path.suffix.lower() in KINDS_OF_FILE:
         raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hub, or sample.")
     return hub_source(config)
 
@@ -534,15 +535,15 @@ def fingerprint(config):
 
 def local_source(config, path):
     """A folder in the Hub's layout, or a file. Text files are read here, all else through `datasets`."""
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
-    if path.is_file() and path.suffix.lower() not in kinds:
+    kind = KINDS_OF_FILE.get(path.suffix.lower())
+    if path.is_file() and not kind:
         raise UserError(f"{path}: a corpus is a parquet, json, jsonl, csv or txt file, or a folder of them.")
-    if path.is_file() and path.suffix.lower() == ".txt":
+    if path.is_file() and kind == "text":
         return Split(lambda: read_text_files([path])), None
     datasets = import_datasets()
     try:
         if path.is_file():
-            builder = datasets.load_dataset_builder(kinds[path.suffix.lower()], data_files={"train": [str(path)]})
+            builder = datasets.load_dataset_builder(kind, data_files={"train": [str(path)]})
         else:
             builder = datasets.load_dataset_builder(str(path))
     except Exception as error:
@@ -1167,8 +1168,10 @@ def main():
 
 
 def working_options(command):
+    # Where the system says which cores this process may use, a container's share counts and not the whole machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = click.option("--overwrite", is_flag=True, help="replace what was prepared with other arguments")(command)
-    return click.option("--workers", type=click.IntRange(1, 1024), default=os.cpu_count() or 1,
+    return click.option("--workers", type=click.IntRange(1, 1024), default=cores,
                         help="threads that encode  [default: all cores]")(command)
 
 

@@ -233,7 +233,7 @@ def test_story_starts_are_where_bos_is(pieces):
 
 @pytest.fixture(scope="module")
 def stories():
-    return preprocess.sample_stories(6000, seed=5)
+    return preprocess.sample_stories(3000, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +390,45 @@ def test_options_thin_the_training_stories_and_leave_validation_alone(master, co
     assert abs(len(chosen) - rate * len(everything)) <= 4 * math.sqrt(len(everything) * rate * (1 - rate))
 
 
+def test_only_the_rows_that_are_needed_are_read():
+    """--num-files 2 of a data set that knows its row count reads 2 of 50 parts and one row more."""
+    texts, read = tales(1000), []
+
+    def rows():
+        for text in texts:
+            read.append(text)
+            yield text
+    config = preprocess.CorpusConfig(num_files=2)
+    val = preprocess.Split(lambda: iter(tales(5, seed=3)), 5)
+    train, _, held, count = preprocess.divide(preprocess.Split(rows, 1000), val, "here")
+    chosen = list(preprocess.select(train, held, count, config))
+    assert chosen == [(part, text) for part in (0, 1) for text in texts[20 * part:20 * part + 20]]
+    assert len(read) == 41
+
+
+@pytest.mark.parametrize("with_card", [True, False])
+def test_row_counts_come_from_the_card_or_the_files(tmp_path, with_card):
+    as_parquet(tmp_path / "train-00000.parquet", tales(70))
+    as_parquet(tmp_path / "test-00000.parquet", tales(9, seed=1))
+    if with_card:
+        card = "".join(f"  - name: {name}\n    num_bytes: 1\n    num_examples: {rows}\n" for name, rows in
+                       (("train", 70), ("test", 9)))
+        (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{card}---\n", encoding="utf-8")
+    train, val = preprocess.open_source(preprocess.CorpusConfig(dataset=str(tmp_path)))
+    assert (train.rows, val.rows) == (70, 9)
+    assert list(train.read()) == tales(70) and list(val.read()) == tales(9, seed=1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 49, 50, 51, 1000])
+def test_parts_are_equal_and_lose_nothing(rows):
+    texts = tales(rows)
+    config = preprocess.CorpusConfig()
+    chosen = list(preprocess.select(preprocess.Split(lambda: iter(texts)), set(), rows, config))
+    assert [text for _, text in chosen] == texts
+    sizes = collections.Counter(part for part, _ in chosen)
+    assert sizes[0] == math.ceil(rows / 50) and max(sizes.values()) - min(sizes.values()) <= 1
+
+
 def test_another_seed_keeps_other_stories():
     kept = [[i for i in range(1000) if preprocess.kept(i, 0.3, seed)] for seed in (1, 2)]
     assert kept[0] != kept[1] and 240 < len(kept[0]) < 360
@@ -491,6 +530,10 @@ def test_the_stages_one_at_a_time_give_the_same_files(master, corpus_file, tmp_p
     assert "finished" in refused_to_open(tmp_path)
     run("pretokenize", "--data-dir", tmp_path, "--workers", 1)
     assert prepared(tmp_path) == prepared(master)
+    before = snapshot(tmp_path)
+    for stage in (["download", "--dataset", corpus_file], ["train-vocab", "--vocab-size", 400], ["pretokenize"]):
+        assert "already" in run(*stage, "--data-dir", tmp_path)
+    assert snapshot(tmp_path) == before
 
 
 def test_another_vocabulary_needs_no_new_download(data, corpus_file, tmp_path):
@@ -709,7 +752,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(large, t
 def large(tmp_path_factory):
     """A source that takes a moment to prepare, and what an undisturbed run makes of it."""
     folder = tmp_path_factory.mktemp("large")
-    source = write_jsonl(folder / "a.jsonl", tales(3000))
+    source = write_jsonl(folder / "a.jsonl", tales(1500))
     run("prepare-dataset", "--dataset", source, "--vocab-size", 400, "--data-dir", folder / "whole")
     return source, prepared(folder / "whole")
 
