@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import sys
@@ -124,8 +125,8 @@ def load_writer(path, device, dtype):
         weight.data = weight.data.to(dtype)
     progress = contents.get("progress", {})
     seen = f", iteration {progress['iter']:,}" if "iter" in progress else ""
-    loss = f", best validation loss {progress['best_val']:.4f}" if "best_val" in progress else ""
-    about = (f"{path}: {model.count_parameters() / 1e6:.2f} M parameters{seen}{loss}; {device}, {str(dtype)[6:]}.")
+    loss = f", best validation loss {progress['best_val']:.4f}" if progress.get("best_val", math.inf) < math.inf else ""
+    about = f"{path}: {model.count_parameters() / 1e6:.2f} M parameters{seen}{loss}; {device}, {str(dtype)[6:]}."
     return Writer(model, tokenizer, device, about)
 
 
