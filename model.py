@@ -7,7 +7,7 @@ import contextlib
 import math
 import shutil
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -37,17 +37,20 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(block_size, head_size):
-    """Cosines and sines (2, block_size, D) of rotary positions, half-split layout (Su et al. 2021, as in Llama on HF)."""
+    """Cosines and sines (2, block_size, D) of rotary positions, half-split layout (Su et al. 2021, as in Llama on HF).
+
+    The sines of the first half are negated, which saves `rotate` that work.
+    """
     frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2) / head_size)  # (D/2,)
-    angles = torch.outer(torch.arange(block_size), frequencies).repeat(1, 2)  # (block_size, D)
-    return torch.stack([angles.cos(), angles.sin()])
+    angles = torch.outer(torch.arange(block_size), frequencies)  # (block_size, D/2)
+    return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
 def rotate(x, rope):
-    """Turn each pair (i, i + D/2) of the last dimension of x (B, H, T, D) by its position's angle, in float32."""
+    """Turn each pair (i, i + D/2) of the last dimension of x (..., T, D) by its position's angle, in the tables' float32."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([b, a], dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -60,12 +63,15 @@ class KVCache:
         self.length = 0  # positions filled; the model moves it on after all its layers
 
     def update(self, layer, k, v):
-        """Append k and v (B, H, T, D) of one layer; return all of them, (B, H, length + T, D)."""
-        end = self.length + k.shape[2]
+        """Append k and v (B, H, T, D) of one layer; all of them, (B, H, length + T, D), and the mask that they need."""
+        T, end, mask = k.shape[2], self.length + k.shape[2], None
         keys, values = self.data[layer]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        # is_causal aligns to the top left, so it is right only when there are as many queries as keys.
+        if 1 < T < end:
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
+        return keys[:, :, :end], values[:, :, :end], mask
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,16 +89,15 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
+        if rope is not None and cache is not None:
+            q, k = rotate(torch.stack([q, k]), rope)  # the time of small tensors is in the number of operations
+        elif rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         mask = None
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            # is_causal aligns to the top left, so it is right only when there are as many queries as keys.
-            if 1 < T < k.shape[2]:
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+            k, v, mask = cache.update(self.layer, k, v)
         # No dropout on the attention weights: measured, it costs a third of the speed and 0.01 bits a byte.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == k.shape[2] and T > 1)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -135,6 +140,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.decode_step = None  # kept for the next call of generate: recording it takes longer than a short reply
         self.wte = empty_embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
         self.wpe = empty_embedding(config.block_size, config.n_embd) if learned else None
@@ -200,26 +206,132 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, sample, eos_id, generator=None):
-        """Continue the prompts idx (B, S): yield a (B,) tensor of token ids for each step.
+        """Continue the prompts idx (B, S): yield a (B,) tensor of token ids, on the CPU, for each step.
 
         A row ends at eos_id, which is not yielded: it gives -1 from then on; when all have ended, so does the
         generator. When the window of block_size tokens is full, its last half is read again as the beginning of a new
         one, so the model always sees between block_size / 2 and block_size tokens.
         """
-        block_size = self.config.block_size
-        cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
+        block_size, step = self.config.block_size, take_step(self, len(idx), sample)
+        cache = step.cache if step else KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
+        cache.length = 0
         unread, ended = idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        for _ in range(sample.max_new_tokens):
-            if cache.length + unread.shape[1] > block_size:
-                cache.length, unread = 0, idx[:, -(block_size // 2):]
-            logits = self.logits(self.hidden(unread, cache)[:, -1])  # (B, V)
-            token = choose_token(logits, idx, sample, eos_id, generator)  # (B,)
-            ended |= token == eos_id
-            if ended.all():
-                return
-            yield token.masked_fill(ended, -1)
-            unread = token.unsqueeze(1)
-            idx = torch.cat([idx, unread], dim=1)
+        try:
+            for _ in range(sample.max_new_tokens):
+                if cache.length + unread.shape[1] > block_size:
+                    cache.length, unread = 0, idx[:, -(block_size // 2):]
+                if step and unread.shape[1] == 1:
+                    token = step(unread, idx, eos_id, generator)  # (B,)
+                else:
+                    logits = self.logits(self.hidden(unread, cache)[:, -1])  # (B, V)
+                    token = choose_token(logits, idx, sample, eos_id, generator)  # (B,)
+                ended |= token == eos_id
+                unread = token.unsqueeze(1)
+                idx = torch.cat([idx, unread], dim=1)
+                shown = token.masked_fill(ended, -1).cpu()  # the one wait for the device, when all else is under way
+                if (shown < 0).all():
+                    return
+                yield shown
+        finally:
+            self.decode_step = step
+
+
+class DecodeStep:
+    """One step of generation in fixed shapes at fixed addresses, so that CUDA can record it once and replay it whole.
+
+    The hundred small kernels of a step run in a fraction of the time that launching them one by one takes. The step
+    reads `token` (B, 1) at `position` (1,), attends to the whole cache under a mask, and leaves the next token and
+    position in their place; a penalty needs all tokens so far, whose number grows, so then the caller chooses the token.
+    GPT.hidden and choose_token say the same in plain code, and read the prompt into the same cache.
+    """
+
+    def __init__(self, model, batch_size, sample):
+        config, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
+        self.model, self.sample, self.key = model, sample, self.make_key(model, batch_size, sample)
+        self.penalized = sample.repetition_penalty > 1 or sample.dry_multiplier > 0
+        self.cache = KVCache(config, batch_size, device, dtype)
+        self.places = torch.arange(config.block_size, device=device)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.noise = torch.ones(batch_size, config.vocab_size, device=device)
+        self.graph = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.record()
+
+    @staticmethod
+    def make_key(model, batch_size, sample):
+        """Equal for two steps that are the same: a recorded one holds the weights' addresses and the sampler's settings."""
+        weights = tuple((weight.data_ptr(), weight.dtype) for weight in (*model.parameters(), *model.buffers()))
+        return batch_size, replace(sample, max_new_tokens=1, seed=None), weights
+
+    def record(self):
+        """The recipe of torch.cuda.graph: run on a side stream first, where libraries allocate what they keep."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.position.zero_()
+                self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        self.position.zero_()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+            self.advance()
+
+    def advance(self):
+        """What is recorded: nothing in it may wait for the device or depend on a tensor's values in Python."""
+        model = self.model
+        x = model.wte(self.token)  # (B, 1, C)
+        if model.wpe is not None:
+            x = x + model.wpe.weight.index_select(0, self.position)
+        rope = None if model.rope is None else model.rope.index_select(1, self.position)
+        self.mask = torch.zeros(1, 1, 1, len(self.places), device=x.device, dtype=x.dtype)
+        self.mask = self.mask.masked_fill(self.places > self.position, -math.inf)
+        for block in model.blocks:
+            x = block(x, rope, self)
+        self.logits = model.logits(model.ln_f(x)[:, -1])  # (B, V)
+        self.position += 1
+        if not self.penalized:
+            self.token.copy_(choose_token(self.logits, None, self.sample, None, noise=self.noise).unsqueeze(1))
+
+    def update(self, layer, k, v):
+        """What KVCache.update does for one position, with all of the cache for an answer."""
+        keys, values = self.cache.data[layer]
+        return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v), self.mask
+
+    def __call__(self, token, seen, eos_id, generator):
+        """The token (B,) after `token` (B, 1), the last of `seen` (B, S) and the first that the cache does not hold."""
+        if token.data_ptr() != self.token.data_ptr():  # not this step's own: the window is new, or a penalty chose it
+            self.token.copy_(token)
+            self.position.fill_(self.cache.length)
+        if self.sample.temperature > 0 and not self.penalized:
+            self.noise.exponential_(generator=generator)  # outside, where it is the same for every generator
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.advance()
+        self.cache.length += 1
+        if self.penalized:
+            return choose_token(self.logits, seen, self.sample, eos_id, generator)
+        return self.token.squeeze(1)
+
+
+def take_step(model, batch_size, sample):
+    """The DecodeStep of a model for these settings, None where it cannot be recorded. It is the caller's alone until put
+    back, since two generations at once must not share a cache."""
+    step, model.decode_step = model.decode_step, None
+    if not can_record(model):
+        return None
+    if step and step.key == DecodeStep.make_key(model, batch_size, sample):
+        return step
+    step = None  # gives its memory back first
+    return DecodeStep(model, batch_size, sample)
+
+
+def can_record(model):
+    # autocast keeps converted weights, which would be read after they are freed; dropout has a random state of its own.
+    return model.wte.weight.is_cuda and not model.training and not torch.is_autocast_enabled("cuda")
 
 
 # Sampling: pure functions on logits (B, V). A removed token is -inf.
@@ -288,12 +400,19 @@ def filter_logits(logits, seen, sample, eos_id):
     return logits
 
 
-def choose_token(logits, seen, sample, eos_id, generator=None):
-    """Draw the next token (B,) given logits (B, V) and the tokens so far, seen (B, S); temperature 0 takes the likeliest."""
+def choose_token(logits, seen, sample, eos_id, generator=None, noise=None):
+    """Draw the next token (B,) given logits (B, V) and the tokens so far, seen (B, S); temperature 0 takes the likeliest.
+
+    `noise` (B, V): numbers from the exponential distribution, drawn from the generator where they are not given.
+    """
     logits = filter_logits(logits.float(), seen, sample, eos_id)
     if sample.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    if noise is None:
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+    # noise / p is exponential with rate p, and the least of such is the i-th with probability p_i. torch.multinomial
+    # draws in the same way, but checks p first, which has the CPU wait for the device.
+    return (logits.softmax(-1) / noise).argmax(-1)
 
 
 # The checkpoint file: plain types and tensors only, so that reading one never runs code from it.

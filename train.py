@@ -320,26 +320,26 @@ class LossNotFinite(Exception):
 
 
 def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
-    """One optimizer update over `count` micro-batches (x, y): (sum of their losses, gradient norm, was it skipped).
+    """One optimizer update over `count` micro-batches (x, y): (mean loss, gradient norm, was it skipped).
 
     Raises LossNotFinite before anything is changed.
     """
-    loss_sum = torch.zeros((), device=device)
+    mean = torch.zeros((), device=device)
     for x, y in batches:
         with autocast(device, dtype):
-            loss = forward(x, y)
-        loss_sum += loss.detach()
-        scaler.scale(loss / count).backward()
+            loss = forward(x, y) / count
+        mean += loss.detach()
+        scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    losses, norm = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in an iteration
-    if not math.isfinite(losses):
+    loss, norm = torch.stack([mean, norm]).tolist()  # the one wait for the device in an iteration
+    if not math.isfinite(loss):
         raise LossNotFinite
     skipped = scaler.is_enabled() and not math.isfinite(norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return losses, norm, skipped
+    return loss, norm, skipped
 
 
 # A run: its settings, its log, its saves.
@@ -350,7 +350,7 @@ class Progress:
 
     iter: int = 0
     seconds: float = 0.0  # spent training; evaluation and saving are not counted
-    loss_sum: float = 0.0  # of the micro-batches since the last training line
+    loss_sum: float = 0.0  # mean loss of each iteration since the last training line
     loss_count: int = 0
     skipped: int = 0  # iterations whose update an infinite fp16 gradient prevented
     best_val: float = math.inf
@@ -512,7 +512,8 @@ class Run:
         self.dtype = choose_dtype(config.dtype, self.device)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = (build_model(contents, "the checkpoint").train() if contents else GPT(model_config)).to(self.device)
+        self.model = (build_model(contents, self.out_dir / "ckpt.pt").train() if contents
+                      else GPT(model_config)).to(self.device)
         self.model.checkpoint_activations = config.checkpoint_activations
         self.forward, self.compiled = self.model, False
         self.optimizer = make_optimizer(self.model, config)
@@ -581,7 +582,7 @@ class Run:
                 member.update = torch.compile(muon_update) if compiled else muon_update
 
     def iteration(self, log):
-        """One optimizer update: (sum of micro-batch losses, gradient norm). Falls back where memory or compiling fail."""
+        """One update, as train_step returns it. Falls back where memory runs out or compiling fails."""
         while True:
             try:
                 batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device)
@@ -650,14 +651,14 @@ def train(run, log):
             run.optimizer.set_share(share)
             started = time.perf_counter()
             try:
-                losses, norm, skipped = run.iteration(log)
+                loss, norm, skipped = run.iteration(log)
             except LossNotFinite:
                 raise UserError(loss_advice(run)) from None
             each = time.perf_counter() - started
             progress.iter += 1
             progress.seconds += each
-            progress.loss_sum += losses
-            progress.loss_count += run.count
+            progress.loss_sum += loss
+            progress.loss_count += 1
             progress.skipped += skipped
             bad_updates = bad_updates + 1 if skipped else 0
             last = progress.iter == config.max_iters
