@@ -383,6 +383,13 @@ class Terminal:
     def type(self, text):
         os.write(self.screen, text.encode())
 
+    def type_and_press(self, text):
+        """Type, and press Ctrl-C once the line editor waits: Python heeds no signal between its prompt and its wait."""
+        self.type(text)
+        self.expect(text)
+        time.sleep(0.5)
+        self.process.send_signal(signal.SIGINT)
+
     def expect(self, pattern, seconds=40):
         """Read on until `pattern` has come, after what was expected before."""
         deadline = time.monotonic() + seconds
@@ -414,9 +421,9 @@ def test_in_a_real_terminal_ctrl_c_stops_the_reply_then_hints_then_leaves(babble
     terminal.expect("max_new_tokens = 5.*Story> ")
     terminal.type("Tim\r")
     terminal.expect("5 tokens.*length.*Story> ")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.type_and_press("half a line")
     terminal.expect("Ctrl-C again.*Story> ")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.type_and_press("half")
     text, status = terminal.read_to_end()
     assert status == 130
     assert "Traceback" not in text
