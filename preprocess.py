@@ -97,7 +97,8 @@ class Tokenizer:
             self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
         if min(self.unk_id, self.bos_id, self.eos_id) < 0:
             raise UserError(f"{where} lacks an id for the unknown token or for a story's beginning or end "
-                            f"({self.unk_id}, {self.bos_id}, {self.eos_id}): prepare the corpus again with --overwrite.")
+                            f"({self.unk_id}, {self.bos_id}, {self.eos_id}): prepare the corpus again with "
+                            "--overwrite.")
 
     @classmethod
     def from_file(cls, path):
@@ -274,8 +275,8 @@ def read_meta(folder):
         raise UserError(f"there is no prepared corpus in {folder} (no meta.json): run {prepare_command(folder)} first, "
                         "or pass --data-dir.")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{folder / 'meta.json'} is damaged or not of format {FORMAT}, the one that this version reads: "
-                        f"run {prepare_command(folder, None, '--overwrite')}.")
+        raise UserError(f"{folder / 'meta.json'} is damaged or not of format {FORMAT}, the one that this version "
+                        f"reads: run {prepare_command(folder, None, '--overwrite')}.")
     return meta
 
 
@@ -377,7 +378,8 @@ GRAMMAR = {
     "time": always("day 5 | morning 4 | night 3"),
     "place": always("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 | garden 1"),
     "meeting": always("There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4"),
-    "animal": always("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 | ant 1"),
+    "animal": always("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 |"
+                     "ant 1"),
     "friend": always("Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Pom 2 | Mo 1"),
     "trouble": always("But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 | Oh no! The {thing} {mishap}. 3"),
     "mishap": given("thing", {thing: MISHAPS[kind] for kind, line in KINDS.items() for thing in weighted(line)}),
@@ -817,8 +819,8 @@ class Progress:
         self.seconds = seconds
 
     def __iter__(self):
-        bar = tqdm(total=self.total and round(self.total), desc=self.label, unit=f" {self.unit}", unit_scale=True, disable=None,
-                   leave=False)
+        bar = tqdm(total=self.total and round(self.total), desc=self.label, unit=f" {self.unit}", unit_scale=True,
+                   disable=None, leave=False)
         done, start = 0, time.monotonic()
         last = start
         with bar:
@@ -869,7 +871,8 @@ def check_same(there, arguments, what, overwrite):
 def open_plan(folder, arguments, overwrite):
     """The plan of a folder that is being filled, an empty one where nothing is finished yet."""
     plan = read_json(folder / "plan.json")
-    if plan and plan["files"] and check_same(plan["arguments"], arguments, f"the unfinished corpus in {folder}", overwrite):
+    what = f"the unfinished corpus in {folder}"
+    if plan and plan["files"] and check_same(plan["arguments"], arguments, what, overwrite):
         return plan
     shutil.rmtree(folder, ignore_errors=True)
     return dict(arguments=arguments, files={})
@@ -1120,8 +1123,8 @@ def report(data_dir, seconds):
     click.echo(f"{'where':20}{str(data_dir):>14}")
     if text.exists():
         size = sum(path.stat().st_size for path in text.iterdir())
-        click.echo(f"The text itself stays in {text} ({size / 1e6:.1f} MB), for another vocabulary size without another "
-                   "download. Training does not need it.")
+        click.echo(f"The text itself stays in {text} ({size / 1e6:.1f} MB), for another vocabulary size without "
+                   "another download. Training does not need it.")
 
 
 def prepare(config, workers, overwrite):

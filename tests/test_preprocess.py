@@ -25,7 +25,8 @@ from preprocess import Tokenizer, TokenStream, open_corpus
 TINYSTORIES = Path(ROOT).parent / "shared" / "data" / "tinystories"
 # Any text that UTF-8 can hold; U+2581 is SentencePiece's own mark for a space and comes back as one.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
-TRICKY = ["", " ", "  two  spaces  ", "One.\n\n\tTwo.\r\n", "café", "你好", "😀👩‍👩‍👧", "<s></s><unk><0x41>", "a\x00b", "e\u0301"]
+TRICKY = ["", " ", "  two  spaces  ", "One.\n\n\tTwo.\r\n", "café", "你好", "😀👩‍👩‍👧", "<s></s><unk><0x41>", "a\x00b",
+          "e\u0301"]
 
 
 def run(*arguments, code=0):
@@ -373,8 +374,9 @@ def test_meta_describes_the_shards(master):
         assert shard["sha256"] == hashlib.sha256(ids).hexdigest()
 
 
-@pytest.mark.parametrize("options", [["--num-files", 20], ["--sample-rate", 0.3], ["--num-files", 20, "--sample-rate", 0.5],
-                                     ["--sample-rate", 0.3, "--seed", 7]])
+@pytest.mark.parametrize("options", [
+    ["--num-files", 20], ["--sample-rate", 0.3], ["--num-files", 20, "--sample-rate", 0.5],
+    ["--sample-rate", 0.3, "--seed", 7]])
 def test_options_thin_the_training_stories_and_leave_validation_alone(master, corpus_file, tmp_path, options):
     run("prepare-dataset", "--dataset", corpus_file, "--vocab-size", 400, "--data-dir", tmp_path / "data", *options)
     whole, part = open_corpus(master), open_corpus(tmp_path / "data")
@@ -440,7 +442,8 @@ def test_a_corpus_with_its_own_validation_keeps_it(tmp_path):
     texts, held = tales(200), tales(40, seed=9)
     write_jsonl(folder / "train-00000.jsonl", texts + held[:3])      # three validation stories slipped into train
     write_jsonl(folder / "validation-00000.jsonl", held)
-    run("prepare-dataset", "--dataset", folder, "--vocab-size", 300, "--sample-rate", 0.5, "--data-dir", tmp_path / "data")
+    run("prepare-dataset", "--dataset", folder, "--vocab-size", 300, "--sample-rate", 0.5,
+        "--data-dir", tmp_path / "data")
     corpus = open_corpus(tmp_path / "data")
     assert stories_of(corpus.val, corpus.tokenizer) == held
     assert not set(stories_of(corpus.train, corpus.tokenizer)) & set(held)
@@ -518,10 +521,12 @@ def test_stories_are_split_at_separators_wherever_a_block_ends(texts, size):
 
 def test_empty_rows_are_no_stories(tmp_path):
     texts = tales(100)
-    path = write_jsonl(tmp_path / "a.jsonl", [text for pair in zip(texts, itertools.cycle(["", " \n", None])) for text in pair])
+    mixed = itertools.chain.from_iterable(zip(texts, itertools.cycle(["", " \n", None])))
+    path = write_jsonl(tmp_path / "a.jsonl", mixed)
     run("prepare-dataset", "--dataset", path, "--vocab-size", 300, "--data-dir", tmp_path / "data")
     corpus = open_corpus(tmp_path / "data")
-    assert sorted(stories_of(corpus.train, corpus.tokenizer) + stories_of(corpus.val, corpus.tokenizer)) == sorted(texts)
+    found = stories_of(corpus.train, corpus.tokenizer) + stories_of(corpus.val, corpus.tokenizer)
+    assert sorted(found) == sorted(texts)
 
 
 def test_the_stages_one_at_a_time_give_the_same_files(master, corpus_file, tmp_path):
@@ -620,7 +625,8 @@ def test_preparing_again_finds_a_flipped_bit_that_opening_does_not(data, corpus_
     ids[5] = 300 if ids[5] != 300 else 301
     ids.tofile(data / "train_000.bin")
     open_corpus(data)
-    assert "train_000.bin" in refused("prepare-dataset", "--dataset", corpus_file, "--vocab-size", 400, "--data-dir", data)
+    arguments = ["prepare-dataset", "--dataset", corpus_file, "--vocab-size", 400, "--data-dir", data]
+    assert "train_000.bin" in refused(*arguments)
 
 
 def bad_sources(folder):
@@ -671,7 +677,8 @@ def test_the_size_that_the_error_names_fits(tmp_path):
 def test_many_different_characters_get_a_larger_size(tmp_path):
     texts = ["".join(chr(0x4E00 + 7 * i + j) for j in range(7)) for i in range(100)]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert "or more" in refused("prepare-dataset", "--dataset", path, "--vocab-size", 300, "--data-dir", tmp_path / "data")
+    arguments = ["prepare-dataset", "--dataset", path, "--vocab-size", 300, "--data-dir", tmp_path / "data"]
+    assert "or more" in refused(*arguments)
 
 
 def test_a_data_folder_inside_the_corpus_is_refused(tmp_path):
@@ -701,7 +708,8 @@ def command(*arguments, **environment):
 
 def test_no_network_ends_in_one_line_that_names_the_way_out(tmp_path):
     started = time.monotonic()
-    process = command("prepare-dataset", "--data-dir", tmp_path / "data", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    process = command("prepare-dataset", "--data-dir", tmp_path / "data", HF_HUB_OFFLINE="1",
+                      HF_HOME=str(tmp_path / "hf"))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
@@ -712,7 +720,8 @@ def test_no_network_ends_in_one_line_that_names_the_way_out(tmp_path):
 def test_reading_a_corpus_is_the_only_thing_that_imports_datasets(master):
     code = ("import sys, preprocess; preprocess.open_corpus(sys.argv[1]); "
             "print([m for m in ('datasets', 'pyarrow', 'torch', 'matplotlib') if m in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code, str(master)], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code, str(master)], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     assert result.stdout == "[]\n"
 
 
@@ -820,9 +829,10 @@ def test_encoding_never_runs_far_ahead_of_the_writer(tokenizer, monkeypatch):
 @pytest.mark.skipif(not TINYSTORIES.exists(), reason="the TinyStories sample is not beside the repository")
 def test_real_stories_come_back_from_the_shards(tmp_path):
     import pyarrow.parquet
-    run("prepare-dataset", "--dataset", TINYSTORIES, "--vocab-size", 4096, "--num-files", 5, "--data-dir", tmp_path / "data")
+    run("prepare-dataset", "--dataset", TINYSTORIES, "--vocab-size", 4096, "--num-files", 5,
+        "--data-dir", tmp_path / "data")
     corpus = open_corpus(tmp_path / "data")
-    columns = {split: pyarrow.parquet.read_table(TINYSTORIES / "data" / f"{split}-00000-of-00001.parquet")["text"].to_pylist()
-               for split in ("train", "validation")}
+    columns = {split: pyarrow.parquet.read_table(TINYSTORIES / "data" / f"{split}-00000-of-00001.parquet")["text"]
+               .to_pylist() for split in ("train", "validation")}
     assert stories_of(corpus.train, corpus.tokenizer) == columns["train"][:math.ceil(len(columns["train"]) / 10)]
     assert stories_of(corpus.val, corpus.tokenizer) == columns["validation"]
