@@ -271,6 +271,10 @@ def print_row(cells, widths):
     print(line.rstrip(), flush=True)
 
 
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_json(path, **contents):
     """After every row, so that a stop loses nothing."""
     if path:
