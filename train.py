@@ -1,9 +1,11 @@
 """Training: optimizer, data order, evaluation, the loop, its log, and going on after a stop."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -13,6 +15,8 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import preprocess
@@ -202,15 +206,17 @@ class TokenLoader:
         return read_ring(self.stream, np.concatenate(starts), self.block_size + 1)
 
 
-    def micro_batches(self, it, batch_size, count, device):
+    def micro_batches(self, it, batch_size, count, device, rank=0, world=1):
         """Yield (x, y), each (batch_size, block_size), for the `count` micro-batches of iteration `it`.
 
-        The next one is read and sent while the device works on the one before, across iterations too.
+        The next one is read and sent while the device works on the one before, across iterations too. Of several
+        processes, each takes every `world`-th micro-batch.
         """
-        for consumed in range(it * count * batch_size, (it + 1) * count * batch_size, batch_size):
-            batch = self.prefetched.pop((consumed, batch_size), None) or self.fetch(consumed, batch_size, device)
+        for step in range(it * count, (it + 1) * count):
+            here, ahead = (((step + i) * world + rank) * batch_size for i in range(2))
+            batch = self.prefetched.pop((here, batch_size), None) or self.fetch(here, batch_size, device)
             yield batch
-            self.prefetched = {(consumed + batch_size, batch_size): self.fetch(consumed + batch_size, batch_size, device)}
+            self.prefetched = {(ahead, batch_size): self.fetch(ahead, batch_size, device)}
 
     def fetch(self, consumed, batch_size, device):
         rows = to_device(self.windows(consumed, batch_size), device)
@@ -308,6 +314,39 @@ def sample_story(model, tokenizer, tokens, seed, device, dtype):
     return tokenizer.decode(ids)
 
 
+# Several GPUs: torchrun starts one process for each. With one process, nothing here does anything.
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_world(device_name):
+    """Meet the other processes, where torchrun started several; returns the name of this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device_name
+    cuda = choose_device(device_name).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+
+
+def across(value, operation):
+    """The sum or maximum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value, operation)
+    return value
+
+
+def synchronized(forward, last):
+    """Gradients travel between processes once an iteration, in the backward pass of its last micro-batch."""
+    return contextlib.nullcontext() if last or not dist.is_initialized() else forward.no_sync()
+
+
 # One iteration.
 
 def make_scaler(device, dtype):
@@ -325,11 +364,13 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     Raises LossNotFinite before anything is changed.
     """
     mean = torch.zeros((), device=device)
-    for x, y in batches:
-        with autocast(device, dtype):
-            loss = forward(x, y) / count
-        mean += loss.detach()
-        scaler.scale(loss).backward()
+    for step, (x, y) in enumerate(batches, 1):
+        with synchronized(forward, step == count):
+            with autocast(device, dtype):
+                loss = forward(x, y) / count
+            mean += loss.detach()
+            scaler.scale(loss).backward()
+    mean = across(mean, dist.ReduceOp.SUM) / world_size()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     loss, norm = torch.stack([mean, norm]).tolist()  # the one wait for the device in an iteration
@@ -357,23 +398,24 @@ class Progress:
 
 
 def accumulation_steps(config, block_size, batch_size):
-    """Micro-batches in an iteration. UserError with the values that fit, where it is not a whole number."""
-    steps, rest = divmod(config.tokens_per_iter, batch_size * block_size)
+    """Micro-batches of each process in an iteration. UserError with the values that fit, where it is not a whole number."""
+    tokens = batch_size * block_size * world_size()
+    steps, rest = divmod(config.tokens_per_iter, tokens)
     if steps and not rest:
         return steps
-    tokens = batch_size * block_size
     below, above = config.tokens_per_iter // tokens * tokens or tokens, -(-config.tokens_per_iter // tokens) * tokens
     sizes = batch_sizes(config, block_size)
     near = sorted(sorted(sizes, key=lambda size: abs(size - batch_size))[:2])
     hint = f"--batch-size {' or '.join(map(str, near))}, or " if near else ""
     values = " or ".join(map(str, sorted({below, above})))
+    gpus = f" on {world_size()} GPUs" if world_size() > 1 else ""
     raise UserError(f"tokens_per_iter is {config.tokens_per_iter}, which is not a whole number of micro-batches of "
-                    f"{batch_size} x {block_size} = {tokens} tokens: use {hint}--tokens-per-iter {values}.")
+                    f"{batch_size} x {block_size}{gpus} = {tokens} tokens: use {hint}--tokens-per-iter {values}.")
 
 
 def batch_sizes(config, block_size):
     """The micro-batch sizes that divide an iteration, ascending."""
-    sequences, rest = divmod(config.tokens_per_iter, block_size)
+    sequences, rest = divmod(config.tokens_per_iter, block_size * world_size())
     return [] if rest else [size for size in range(1, sequences + 1) if sequences % size == 0]
 
 
@@ -415,10 +457,10 @@ class Log:
     """metrics.jsonl, and what a person sees: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, path, config, progress):
-        self.path, self.config = path, config
-        if path:
+        self.path, self.config = path if rank() == 0 else None, config
+        if self.path:
             self.keep_until(progress.iter)
-        self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None, dynamic_ncols=True, leave=False,
+        self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None if rank() == 0 else True, dynamic_ncols=True, leave=False,
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {postfix}")
         self.started, self.started_at, self.last = None, progress.iter, replace(progress)
 
@@ -430,6 +472,8 @@ class Log:
 
     def write(self, progress, **values):
         """Append one line to metrics.jsonl; what is not finite becomes null."""
+        if not self.path:
+            return
         row = dict(iter=progress.iter, tokens=progress.iter * self.config.tokens_per_iter,
                    seconds=round(progress.seconds, 3), **values)
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -442,8 +486,9 @@ class Log:
                             "`python train.py --resume`.") from error
 
     def say(self, text):
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if rank() == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def training(self, progress, lr, norm, scale, device):
         """One training line, for the file and for the eye."""
@@ -497,6 +542,12 @@ class StopRequest:
         tqdm.write("Finishing this iteration, then saving. Ctrl-C once more stops at once, without saving.",
                    file=sys.stderr)
 
+    def shared(self, device):
+        """The signal that any process got, or None; of several processes, all must ask."""
+        if world_size() > 1:
+            self.signal = int(across(torch.tensor(self.signal or 0, device=device), dist.ReduceOp.MAX)) or None
+        return self.signal
+
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -515,12 +566,15 @@ class Run:
         self.model = (build_model(contents, self.out_dir / "ckpt.pt").train() if contents
                       else GPT(model_config)).to(self.device)
         self.model.checkpoint_activations = config.checkpoint_activations
-        self.forward, self.compiled = self.model, False
         self.optimizer = make_optimizer(self.model, config)
+        self.set_compiled(config.compile == "on" or (world_size() > 1 and config.compile == "auto"
+                                                     and can_compile(self.device)))
         self.scaler = make_scaler(self.device, self.dtype)
         self.progress = Progress()
         if contents:
             self.restore(contents)
+        if rank() > 0:  # dropout of its own; the first process goes on with the saved state
+            torch.manual_seed(config.seed + rank() + 1000 * self.progress.iter)
         self.loader = TokenLoader(corpus.train, model_config.block_size, config.seed, config.align_stories)
         self.validation = Validation(corpus, model_config.block_size, config.eval_tokens, config.align_stories)
 
@@ -534,6 +588,8 @@ class Run:
 
     def save(self):
         """Write ckpt.pt, from which a resumed run goes on as if it had never stopped."""
+        if rank() > 0:
+            return
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         save_checkpoint(self.out_dir / "ckpt.pt", self.model, self.corpus.tokenizer.model_bytes,
                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
@@ -563,7 +619,7 @@ class Run:
     def halve_batch(self, log):
         """After running out of memory: go on with half the micro-batch if it was ours to choose, else say what to type."""
         sizes = [size for size in batch_sizes(self.config, self.model.config.block_size) if size < self.batch_size]
-        if self.config.batch_size != "auto" or not sizes:
+        if self.config.batch_size != "auto" or not sizes or world_size() > 1:
             smaller = f"--batch-size {sizes[-1]}" if sizes else "a shorter --block-size or --checkpoint-activations"
             again = " --resume" if (self.out_dir / "ckpt.pt").exists() else ""
             raise UserError(f"out of memory with micro-batches of {self.batch_size} x {self.model.config.block_size} "
@@ -577,6 +633,8 @@ class Run:
     def set_compiled(self, compiled):
         """Run the model, and Muon's arithmetic, through torch.compile or not."""
         self.forward, self.compiled = torch.compile(self.model) if compiled else self.model, compiled
+        if world_size() > 1:
+            self.forward = DistributedDataParallel(self.forward)
         for member in self.optimizer.members:
             if isinstance(member, Muon):
                 member.update = torch.compile(muon_update) if compiled else muon_update
@@ -585,7 +643,8 @@ class Run:
         """One update, as train_step returns it. Falls back where memory runs out or compiling fails."""
         while True:
             try:
-                batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device)
+                batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device,
+                                                    rank(), world_size())
                 return train_step(self.forward, self.model, batches, self.count, self.optimizer, self.scaler,
                                   self.config, self.device, self.dtype)
             except torch.OutOfMemoryError:
@@ -625,12 +684,13 @@ class Run:
                                         self.config.seed + self.progress.iter, self.device, self.dtype).strip())
         if self.progress.iter and result["val_loss"] < self.progress.best_val:
             self.progress.best_val = result["val_loss"]
-            self.save_best()
+            if rank() == 0:
+                self.save_best()
 
 
 def worth_compiling(run, seconds_left):
     """auto compiles only where it can work, and where the run is long enough to win back the half minute it takes."""
-    return run.config.compile == "auto" and seconds_left > COMPILE_WORTH_SECONDS and can_compile(run.device)
+    return run.config.compile == "auto" and not run.compiled and seconds_left > COMPILE_WORTH_SECONDS and can_compile(run.device)
 
 
 def can_compile(device):
@@ -641,8 +701,6 @@ def train(run, log):
     """Run iterations until max_iters or a request to stop; returns the signal that asked, or None."""
     config, progress = run.config, run.progress
     first, saved_at, bad_updates = progress.iter, time.monotonic(), 0
-    if config.compile == "on":
-        run.set_compiled(True)
     with StopRequest() as stop:
         if progress.iter == 0:
             run.evaluate(log, run.validation)
@@ -672,7 +730,7 @@ def train(run, log):
             evaluated = progress.iter % config.eval_interval == 0 or last
             if evaluated:
                 run.evaluate(log, run.final_validation() if last else run.validation)
-            if evaluated or stop.signal or time.monotonic() - saved_at > 60 * config.save_minutes:
+            if stop.shared(run.device) or evaluated or time.monotonic() - saved_at > 60 * config.save_minutes:
                 run.save()
                 saved_at = time.monotonic()
         return stop.signal
@@ -772,7 +830,7 @@ def print_plan(run, log):
     if not on_cuda:
         log.say("No CUDA card here, so nothing was measured. Run this again on the machine that trains.")
         return
-    if compiled:
+    if compiled and not run.compiled:
         run.set_compiled(True)
     torch.cuda.reset_peak_memory_stats(run.device)
     seconds = []
@@ -858,6 +916,7 @@ def main(preset, resume, overwrite, plan, **given):
         model_config, config = fresh_settings(preset, given, corpus)
         if not plan:
             check_out_dir(out_dir, resume, overwrite)
+    config = replace(config, device=join_world(config.device))
     run = Run(preset, model_config, replace(config, data_dir=str(data_dir), out_dir=str(out_dir)), corpus, contents)
     contents = None  # the optimizer has its copy; on a small card the room is needed
     if run.progress.iter >= config.max_iters:
@@ -869,15 +928,16 @@ def main(preset, resume, overwrite, plan, **given):
     if plan:
         log.bar.close()
         return print_plan(run, log)
-    write_config(run)
+    if rank() == 0:
+        write_config(run)
     stopped_by = train(run, log)
     log.bar.close()
     where = "" if str(out_dir) == TrainConfig.out_dir else f" --out-dir {out_dir}"
     if stopped_by:
-        click.echo(f"Stopped and saved at iteration {run.progress.iter}. Go on with: python train.py --resume{where}")
+        log.say(f"Stopped and saved at iteration {run.progress.iter}. Go on with: python train.py --resume{where}")
         sys.exit(128 + stopped_by)
-    click.echo(f"Finished: best validation loss {run.progress.best_val:.4f}. Talk to it: python chat.py{where}")
-    click.echo(f"See its loss curve: python plot_loss.py{where}")
+    log.say(f"Finished: best validation loss {run.progress.best_val:.4f}. Talk to it: python chat.py{where}")
+    log.say(f"See its loss curve: python plot_loss.py{where}")
 
 
 if __name__ == "__main__":
