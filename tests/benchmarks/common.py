@@ -132,7 +132,7 @@ def shape_flags(tiny):
 # Other repositories: their models and their settings, our data and clock.
 
 def load_peer(name, folder):
-    """The module model.py of a checkout, beside ours: registered as NAME_model, where the compiler finds its globals."""
+    """model.py of a checkout, beside ours: registered as NAME_model, where the compiler looks for its globals."""
     folder = Path(folder)
     ours = sys.modules.get("config")
     if (folder / "config.py").exists():
@@ -140,6 +140,7 @@ def load_peer(name, folder):
     try:
         return load_file(f"{name}_model", folder / "model.py")
     finally:
+        sys.modules.pop("config", None)
         if ours:
             sys.modules["config"] = ours
 
@@ -154,7 +155,7 @@ def load_file(name, path):
 
 
 def peer_settings(name, folder):
-    """A peer's own values: nanoGPT's from train.py, nanogpt_char's from its config for this size, smolGPT's from config.py."""
+    """A peer's own values: train.py's for nanoGPT, with its config for this size over them as nanogpt_char."""
     folder = Path(folder)
     if name == "smolgpt":
         config = load_file("smolgpt_config", folder / "config.py")
@@ -174,7 +175,7 @@ def assigned(path):
     values = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if not any(isinstance(part, (ast.Name, ast.Call, ast.Attribute)) for part in ast.walk(node.value)):
+            if not any(isinstance(part, ast.Name | ast.Call | ast.Attribute) for part in ast.walk(node.value)):
                 values[node.targets[0].id] = eval(compile(ast.Expression(node.value), str(path), "eval"))
     return values
 
@@ -192,14 +193,16 @@ class Peer:
 
         import train
         self.device = train.choose_device()
-        self.dtype, self.settings, self.batch_size, self.block_size = dtype, settings, batch_size, shape["block_size"]
+        self.dtype, self.settings, self.block_size = dtype, settings, shape["block_size"]
+        self.batch_size = batch_size = max(1, min(batch_size, settings["tokens_per_iter"] // self.block_size))
         self.count = max(1, round(settings["tokens_per_iter"] / (batch_size * self.block_size)))
         self.tokens_per_iter = self.count * batch_size * self.block_size
         self.data = np.concatenate(corpus.train.shards)
         torch.manual_seed(1337)
         self.model = build_peer(name, folder, shape, corpus.tokenizer.vocab_size, settings["dropout"]).to(self.device)
         self.optimizer = self.model.configure_optimizers(
-            settings["weight_decay"], settings["learning_rate"], (settings["beta1"], settings["beta2"]), self.device.type)
+            settings["weight_decay"], settings["learning_rate"], (settings["beta1"], settings["beta2"]),
+            self.device.type)
         self.scaler = train.make_scaler(self.device, dtype)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.batch = self.get_batch()

@@ -68,36 +68,44 @@ def stream_windows(run, tokens):
 
 def train_peer(job):
     """Train another repository's model by its own settings until the target, the tokens or the seconds are reached."""
-    import preprocess
-    import torch
     import train
-    device, corpus = train.choose_device(), preprocess.open_corpus(job["data_dir"])
-    settings, compiled = common.peer_settings(job["code"], job["folder"]), train.can_compile(device)
-    if job["tiny"]:
-        settings["tokens_per_iter"] = 1024
-    # Both say bfloat16 and take it where the card has it.
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
-    peer = common.Peer(job["code"], job["folder"], corpus, common.TINY_SHAPE if job["tiny"] else common.SHAPE, settings,
-                       job["batch_size"], half if device.type == "cuda" else torch.float32, compiled)
-    few, all_of_it = (train.Validation(corpus, peer.block_size, tokens, False) for tokens in (job["eval_tokens"], 0))
-    seconds, curve, bpb = 0.0, [], None
-    ends, iters = time.monotonic() + job["seconds_left"], 0
-    while iters * peer.tokens_per_iter < job["tokens"] and time.monotonic() < ends:
-        more = max(1, round(job["eval_every"] / peer.tokens_per_iter))
+    peer, compiled = make_peer(job)
+    few, whole = (train.Validation(job["corpus"], peer.block_size, tokens, False) for tokens in (job["eval_tokens"], 0))
+    iters, seconds, bpb, curve = 0, 0.0, math.inf, []
+    more = max(1, round(job["eval_every"] / peer.tokens_per_iter))
+    while bpb > job["target_bpb"] and iters * peer.tokens_per_iter < job["tokens"] and time.time() < job["ends_at"]:
         seconds += train_some(peer, iters, more)
         iters += more
-        curve.append((iters * peer.tokens_per_iter, bits_a_byte(peer, few), round(seconds, 3)))
-        if curve[-1][1] <= job["target_bpb"]:
-            bpb = bits_a_byte(peer, all_of_it)
-            if bpb <= job["target_bpb"]:
-                break
-    else:
-        bpb = bits_a_byte(peer, all_of_it)
-    reached = bpb <= job["target_bpb"]
-    tokens, _, seconds = curve[-1] if curve else (0, None, 0.0)
-    return dict(tokens=tokens, bpb=bpb, seconds=seconds, reached=reached, tokens_at_target=tokens if reached else None,
-                seconds_at_target=seconds if reached else None, settings=settings, batch_size=job["batch_size"],
-                dtype=str(peer.dtype)[6:], compiled=compiled, curve=curve, peak_mib=common.peak_mib())
+        bpb = bits_a_byte(peer, few)
+        curve.append((iters * peer.tokens_per_iter, bpb, round(seconds, 3)))
+        if bpb <= job["target_bpb"]:
+            bpb = bits_a_byte(peer, whole)
+    if bpb > job["target_bpb"]:
+        bpb = bits_a_byte(peer, whole)
+    tokens, reached = iters * peer.tokens_per_iter, bpb <= job["target_bpb"]
+    return dict(tokens=tokens, bpb=bpb, seconds=seconds, reached=reached,
+                best_bpb=min((row[1] for row in curve), default=bpb), tokens_at_target=tokens if reached else None,
+                seconds_at_target=seconds if reached else None,
+                settings=peer.settings, batch_size=peer.batch_size, dtype=str(peer.dtype)[6:], compiled=compiled,
+                curve=curve, peak_mib=common.peak_mib())
+
+
+def make_peer(job):
+    """(Peer, whether it is compiled) with its own settings; leaves the opened corpus in the job."""
+    import torch
+
+    import preprocess
+    import train
+    device, settings = train.choose_device(), common.peer_settings(job["code"], job["folder"])
+    job["corpus"], compiled = preprocess.open_corpus(job["data_dir"]), train.can_compile(device)
+    if job["tiny"]:
+        settings["tokens_per_iter"] = 1024
+    dtype = torch.float32
+    if device.type == "cuda":  # both say bfloat16, and nanoGPT float16 where the card has none
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    shape = common.TINY_SHAPE if job["tiny"] else common.SHAPE
+    return common.Peer(job["code"], job["folder"], job["corpus"], shape, settings, job["batch_size"], dtype,
+                       compiled), compiled
 
 
 def train_some(peer, iters, count):
@@ -147,11 +155,19 @@ def ours_rows(clock, job, tokens, budgets, show):
         show(f"ours {tokens / 1e6:g}M", clock.timed(run_job, clock, job | dict(tokens=tokens)))
 
 
-def run_job(clock, job):
-    """One measurement with an empty compiler's cache, as in a user's first run."""
-    with tempfile.TemporaryDirectory() as cache:
-        left = max(20.0, clock.left())
-        return common.measure(__file__, job | dict(seconds_left=left - 15), left, cache)
+def peer_rows(clock, job, folders, show):
+    """One row for each peer; what is left until the deadline is shared among them."""
+    given = [(code, folder) for code, folder in folders if folder]
+    for at, (code, folder) in enumerate(given):
+        show(code, clock.timed(run_job, clock, job | dict(code=code, folder=folder), len(given) - at))
+
+
+def run_job(clock, job, share=1):
+    """One measurement with an empty compiler's cache, as in a user's first run, in 1 / share of the time left."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        left = max(30.0, clock.left() / share)
+        # A peer stops itself in time for a last look at the whole validation stream.
+        return common.measure(__file__, job | dict(ends_at=time.time() + left - 15), left, cache)
 
 
 def summary(rows):
@@ -171,7 +187,8 @@ def summary(rows):
 def print_summary(result):
     if not result:
         return print("No run of ours met the target: try a larger --tokens or --budgets.")
-    print(f"ours met the target with a budget of {result['ours_tokens'] / 1e6:.2f} M tokens, {result['ours_seconds']:.1f} s")
+    print(f"ours met the target with a budget of {result['ours_tokens'] / 1e6:.2f} M tokens, "
+          f"{result['ours_seconds']:.1f} s")
     for name, row in result.items():
         if isinstance(row, dict):
             least = "" if row["reached"] else "more than "
@@ -186,7 +203,7 @@ def budget_list(context, parameter, text):
         raise click.BadParameter("give numbers of tokens with commas between: --budgets 4e6,6e6,8e6") from None
 
 
-@click.command(context_settings=dict(ignore_unknown_options=False))
+@click.command()
 @click.option("--data-dir", type=click.Path(exists=True, file_okay=False), required=True, help="a prepared corpus")
 @click.option("--tokens", default=8e6, show_default=True, help="tokens of our run; 0 leaves it out")
 @click.option("--budgets", default="", callback=budget_list, help="tokens of shorter runs, tried upwards: 4e6,6e6")
@@ -194,7 +211,7 @@ def budget_list(context, parameter, text):
 @click.option("--nanogpt", type=click.Path(exists=True, file_okay=False), help="folder of a nanoGPT checkout")
 @click.option("--smolgpt", type=click.Path(exists=True, file_okay=False), help="folder of a smolGPT checkout")
 @click.option("--peer-tokens", default=60e6, show_default=True, help="where another code gives up")
-@click.option("--peer-batch-size", default=128, show_default=True, help="its micro-batch, at its own tokens an iteration")
+@click.option("--peer-batch-size", default=128, show_default=True, help="its largest micro-batch, in windows of 256")
 @click.option("--memory-gib", default=6.5, show_default=True, help="limit for each process; 0 is the whole card")
 @click.option("--deadline", type=float, default=0, help="seconds after which no run goes on")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the figures and curves here too")
@@ -216,9 +233,8 @@ def main(data_dir, tokens, budgets, target_bpb, nanogpt, smolgpt, peer_tokens, p
 
     common.print_row(("code", "tokens", "seconds", "bits a byte", "at target", "seconds"), WIDTHS)
     ours_rows(clock, job | dict(code="ours"), tokens, budgets, show)
-    for code, folder in (("nanogpt_char", nanogpt), ("smolgpt", smolgpt), ("nanogpt", nanogpt)):
-        if folder:
-            show(code, clock.timed(run_job, clock, job | dict(code=code, folder=folder, tokens=peer_tokens)))
+    peer_rows(clock, job | dict(tokens=peer_tokens),
+              [("nanogpt_char", nanogpt), ("smolgpt", smolgpt), ("nanogpt", nanogpt)], show)
     print_summary(summary(rows))
 
 

@@ -56,7 +56,7 @@ def worker(job):
 
 
 def compare(parts, measured):
-    """{"expected_mib", "measured_mib", "error_percent", "parts_mib"}; the error is positive where too much was expected."""
+    """{"expected_mib", "measured_mib", "error_percent", "parts_mib"}; a positive error expected too much."""
     expected = sum(parts.values()) / MIB
     error = measured and round(100 * (expected / measured - 1), 1)
     return dict(expected_mib=round(expected, 1), measured_mib=measured and round(measured, 1), error_percent=error,
@@ -79,7 +79,7 @@ train.main(sys.argv[2:], prog_name="train.py")
 
 def whole_run(data_dir, limit_gib, flags, iterations, timeout, cache_dir):
     """The real train.py under a limit: its peak from metrics.jsonl, its micro-batch, and how it ended."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out_dir, output = Path(folder) / "out", Path(folder) / "output.txt"
         command = [sys.executable, "-c", HELD, str(limit_gib * 2**30), *flags, "--data-dir", data_dir,
                    "--out-dir", str(out_dir), "--max-iters", str(iterations), "--log-interval", "5",
@@ -126,7 +126,7 @@ def main(data_dir, iterations, memory_gib, only, deadline, json_path, tiny):
     """Compare expected memory with measured, and train under a limit of memory."""
     clock, rows, data_dir = common.Clock(deadline), [], str(Path(data_dir).resolve())
     common.print_row(("MiB", "expected", "measured", "error", "wall s"), WIDTHS)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         for name, (limit, flags) in WHOLE_RUNS.items():
             if not only or name in only:
                 show(rows, name, clock.timed(whole_run, data_dir, limit, flag_list(flags, tiny), iterations,
