@@ -133,6 +133,7 @@ def test_the_recorded_step_gives_the_tokens_of_the_plain_path(kind, sample, monk
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_the_recorded_step_gives_the_tokens_of_the_plain_path_at_full_size(preset, batch_size, monkeypatch):
     net = awake(GPTConfig(**pick(GPTConfig, PRESETS[preset]))).cuda()
+    net.wte.weight.data *= 0.1  # scores so large that rounding chooses between tokens would prove nothing
     idx = tokens(1, 20, vocab_size=4096).expand(batch_size, -1).cuda()
     plain, recorded = both(monkeypatch, net, idx, SampleConfig(max_new_tokens=400, temperature=1.0))
     assert plain == recorded
