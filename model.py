@@ -253,7 +253,7 @@ class DecodeStep:
         self.places = torch.arange(config.block_size, device=device)
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.noise = torch.ones(batch_size, config.vocab_size, device=device)
+        self.noise = torch.full((batch_size, config.vocab_size), 0.5, device=device)
         self.graph = None
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -306,7 +306,7 @@ class DecodeStep:
             self.token.copy_(token)
             self.position.fill_(self.cache.length)
         if self.sample.temperature > 0 and not self.penalized:
-            self.noise.exponential_(generator=generator)  # outside, where it is the same for every generator
+            self.noise.uniform_(generator=generator)  # outside, where it is the same for every generator
         if self.graph:
             self.graph.replay()
         else:
@@ -403,16 +403,16 @@ def filter_logits(logits, seen, sample, eos_id):
 def choose_token(logits, seen, sample, eos_id, generator=None, noise=None):
     """Draw the next token (B,) given logits (B, V) and the tokens so far, seen (B, S); temperature 0 takes the likeliest.
 
-    `noise` (B, V): numbers from the exponential distribution, drawn from the generator where they are not given.
+    `noise` (B, V): numbers uniform in [0, 1), drawn from the generator where they are not given.
     """
     logits = filter_logits(logits.float(), seen, sample, eos_id)
     if sample.temperature == 0:
         return logits.argmax(-1)
     if noise is None:
-        noise = torch.empty_like(logits).exponential_(generator=generator)
-    # noise / p is exponential with rate p, and the least of such is the i-th with probability p_i. torch.multinomial
-    # draws in the same way, but checks p first, which has the CPU wait for the device.
-    return (logits.softmax(-1) / noise).argmax(-1)
+        noise = torch.empty_like(logits).uniform_(generator=generator)
+    # -log(noise) / p is exponential with rate p, and the least of such is the i-th with probability p_i. (torch.multinomial
+    # draws in the same way, but waits for the device to check p, and on the CPU its noise takes 5 times as long.)
+    return (logits.softmax(-1) / noise.log()).argmin(-1)
 
 
 # The checkpoint file: plain types and tensors only, so that reading one never runs code from it.
