@@ -22,7 +22,7 @@ import torch
 import preprocess
 from config import (COMMAND_LINE, GroupedCommand, SampleConfig, SettingOption, TrainConfig, UserError, pick,
                     setting_options, value_types)
-from model import build_model, choose_device, choose_dtype, read_checkpoint
+from model import build_model, choose_device, choose_dtype, read_checkpoint, store_by_columns
 
 WELCOME = """\
 This is a base model: it does not answer, it continues your text.
@@ -123,6 +123,8 @@ def load_writer(path, device, dtype):
     model.to(device)
     for weight in model.parameters():  # not model.to(dtype): the tables of rotary positions stay float32
         weight.data = weight.data.to(dtype)
+    if device.type == "cpu":
+        store_by_columns(model)
     progress = contents.get("progress", {})
     seen = f", iteration {progress['iter']:,}" if "iter" in progress else ""
     loss = f", best validation loss {progress['best_val']:.4f}" if progress.get("best_val", math.inf) < math.inf else ""

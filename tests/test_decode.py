@@ -117,6 +117,15 @@ def test_nothing_is_recorded_on_the_cpu_or_while_training():
     assert not model.can_record(awake(TINY)) and not model.can_record(awake(TINY).train())
 
 
+@every_kind
+def test_matrices_stored_by_columns_give_the_same_tokens(kind):
+    net = awake(replace(TINY, **kind))
+    before = generated(net, tokens(3, 4), SampleConfig(max_new_tokens=40))
+    model.store_by_columns(net)
+    assert not net.blocks[0].attn.c_attn.weight.is_contiguous()
+    assert generated(net, tokens(3, 4), SampleConfig(max_new_tokens=40)) == before
+
+
 # On a GPU.
 
 @gpu

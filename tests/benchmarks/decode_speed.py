@@ -32,6 +32,8 @@ def load(checkpoint, preset, device, dtype):
     net.to(device)
     for weight in net.parameters():
         weight.data = weight.data.to(dtype)
+    if device.type == "cpu":
+        model.store_by_columns(net)
     return net
 
 
