@@ -5,6 +5,7 @@ Also here, because every script needs it: the user's error, and the one way in w
 
 import contextlib
 import dataclasses
+import errno
 import os
 import time
 import types
@@ -13,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
 
 
 class UserError(click.ClickException):
@@ -53,6 +60,33 @@ def replace_file(source, target, seconds=10):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def sole_owner(folder, what):
+    """Hold the file `lock` in `folder` for the length of a with block; UserError where another process holds it.
+
+    It is the system's own lock, which ends with its process however that ends: a file left by a dead one locks nobody
+    out, and need not be deleted (deleting it would let a third process lock a new file beside the second one's).
+    """
+    path = Path(folder) / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose a folder that can be written.") from error
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            # Anything else: a file system without locks, where a run is better than none.
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"another process is at work in {folder}: wait for its end or stop it, or choose "
+                                f"another folder for this {what}.") from error
+        yield
 
 
 def option(default, help, *, min=None, max=None, above=None, below=None, choices=None, group=None):
@@ -229,7 +263,16 @@ def restore(cls, values, where):
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help shows the options under the headings of their settings."""
+    """A command whose --help has the headings of the settings, and to which a failing disk is the user's situation."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends quietly: whoever read our output has enough
+                raise
+            raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}. Mend that, then run the "
+                            "same command again.") from error
 
     def format_options(self, ctx, formatter):
         sections = {}

@@ -1,5 +1,10 @@
 """Text, tokenizer and the shard format: from stories to uint16 token ids on disk, and back."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries are imported: no traceback
+
 import errno
 import hashlib
 import io
@@ -25,7 +30,8 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from config import COMMAND_LINE, CorpusConfig, GroupedCommand, UserError, pick, replace_file, replacing, setting_options
+from config import (COMMAND_LINE, CorpusConfig, GroupedCommand, UserError, pick, replace_file, replacing,
+                    setting_options, sole_owner)
 
 FORMAT = 1                          # version of the files in the data folder
 PARTS = 50                          # a corpus is cut into this many equal parts ("files")
@@ -51,8 +57,41 @@ def read_json(path):
     """The object in a JSON file, None where there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+
+
+# The form of the files that this program writes, for has_form.
+SHARD = dict(file=str, tokens=int, bytes=int, stories=int, sha256=str, min_id=int, max_id=int)
+META = dict(format=int, source=str, vocab_size=int, tokenizer=dict(file=str, sha256=str), arguments=dict, train=[SHARD],
+            val=[SHARD])
+FLOOR = dict(nats_per_token=float, bits_per_byte=float)
+PLAN = dict(arguments=dict, files=dict)
+FILES = {".bin": SHARD, ".model": dict(sha256=str), ".parquet": dict(stories=int, bytes=int)}
+
+
+def has_form(value, form):
+    """Whether a value from a JSON file has the types of `form`: a type, a dict of forms, or a list of one form."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and value.keys() == form.keys() and all(
+            has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and bool(value) and all(has_form(item, form[0]) for item in value)
+    return type(value) is form and (form is not int or value >= 0)
+
+
+def read_plan(path):
+    """The plan of a folder that is being filled, or of one that is full; None where there is none that can be read."""
+    plan = read_json(path)
+    whole = has_form(plan, PLAN) and all(has_form(entry, FILES.get(Path(file).suffix))
+                                         for file, entry in plan["files"].items())
+    return plan if whole else None
+
+
+def digest(meta):
+    """The SHA-256 of what meta.json says, so that a number in it that changed is noticed."""
+    said = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def prepare_command(data_dir, arguments=None, *flags):
@@ -245,8 +284,7 @@ class Corpus:
 def open_corpus(data_dir):
     """The prepared corpus in `data_dir`; UserError if a file is missing or does not fit the others.
 
-    Sizes, the range of the ids and the tokenizer's hash are checked here, once. The shards' own hashes are not
-    (`check_hashes` does that): they would be read twice.
+    Sizes, hashes and the range of the ids are checked here, once: a second for a gigabyte of shards.
     """
     folder = Path(data_dir)
     meta = read_meta(folder)
@@ -268,13 +306,18 @@ def read_meta(folder):
         raise UserError(f"{folder} does not exist: run {prepare_command(folder)} first, or pass --data-dir.")
     meta = read_json(folder / "meta.json")
     if meta is None and not (folder / "meta.json").exists():
-        plan = first_of(read_json(place / "plan.json") for place in partial_folders(folder))
+        plan = first_of(read_plan(place / "plan.json") for place in partial_folders(folder))
         if plan or (folder / "text" / "text.json").exists():
             raise UserError(f"the corpus in {folder} is not finished: run "
                             f"{prepare_command(folder, plan and plan['arguments'])} to go on.")
         raise UserError(f"there is no prepared corpus in {folder} (no meta.json): run {prepare_command(folder)} first, "
                         "or pass --data-dir.")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    optional = dict(floor=FLOOR, sha256=str)
+    form = META | {key: optional[key] for key in optional if isinstance(meta, dict) and key in meta}
+    whole = has_form(meta, form) and meta.get("sha256", digest(meta)) == digest(meta) and all(
+        OURS.fullmatch(entry["file"]) and entry.get("stories") != 0
+        for entry in [meta["tokenizer"], *meta["train"], *meta["val"]])
+    if not whole or meta["format"] != FORMAT:
         raise UserError(f"{folder / 'meta.json'} is damaged or not of format {FORMAT}, the one that this version "
                         f"reads: run {prepare_command(folder, None, '--overwrite')}.")
     return meta
@@ -295,16 +338,9 @@ def open_shard(folder, shard, vocab_size, again):
     if ids.max() >= vocab_size:
         at = int(np.argmax(ids >= vocab_size))
         raise UserError(f"{path}: token {ids[at]} at position {at} is outside 0..{vocab_size - 1}: run {again}.")
+    if hashlib.sha256(ids).hexdigest() != shard["sha256"]:
+        raise UserError(f"{path} has changed since it was written (its SHA-256 differs from meta.json's): run {again}.")
     return ids
-
-
-def check_hashes(folder, meta):
-    """Raise UserError unless every shard is, byte for byte, the one that meta.json describes."""
-    for shard in meta["train"] + meta["val"]:
-        ids = np.memmap(folder / shard["file"], dtype="<u2", mode="r")
-        if hashlib.sha256(ids).hexdigest() != shard["sha256"]:
-            raise UserError(f"{folder / shard['file']} has changed since it was written (its SHA-256 differs from "
-                                f"meta.json's): run {prepare_command(folder, meta['arguments'], '--overwrite')}.")
 
 
 # ---------------------------------------------------------------- The built-in corpus: a grammar of stories
@@ -789,7 +825,8 @@ def write_text_file(path, texts):
     import pyarrow.parquet
     schema = pyarrow.schema([("text", pyarrow.string())])
     stories = size = 0
-    with replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+    options = dict(compression="zstd", write_page_checksum=True)
+    with replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
         for batch in batches(texts, 4 * BATCH_CHARS):
             writer.write_table(pyarrow.table({"text": batch}, schema))
             stories += len(batch)
@@ -798,11 +835,15 @@ def write_text_file(path, texts):
 
 
 def read_text_file(path):
-    """Yield the stories of a file that write_text_file wrote."""
+    """Yield the stories of a file that write_text_file wrote; UserError where it has changed since."""
     import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            yield from file.read_row_group(group).column("text").to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group).column("text").to_pylist()
+    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): delete the folder {path.parent}, then run "
+                        "`python preprocess.py prepare-dataset` again.") from error
 
 
 # ---------------------------------------------------------------- The stages
@@ -870,7 +911,7 @@ def check_same(there, arguments, what, overwrite):
 
 def open_plan(folder, arguments, overwrite):
     """The plan of a folder that is being filled, an empty one where nothing is finished yet."""
-    plan = read_json(folder / "plan.json")
+    plan = read_plan(folder / "plan.json")
     what = f"the unfinished corpus in {folder}"
     if plan and plan["files"] and check_same(plan["arguments"], arguments, what, overwrite):
         return plan
@@ -882,9 +923,9 @@ def download(config, overwrite):
     """Bring the chosen stories to <data-dir>/text, a parquet file for each part."""
     arguments, data_dir = text_arguments(config), Path(config.data_dir)
     folder, partial = data_dir / "text", partial_folders(data_dir)[1]
-    unfinished = read_json(partial / "plan.json")
+    unfinished = read_plan(partial / "plan.json")
     if not unfinished or unfinished["arguments"] != arguments:
-        there = read_json(folder / "text.json")
+        there = read_plan(folder / "text.json")
         if there and check_same(there["arguments"], arguments, f"the text in {folder}", overwrite) and not overwrite:
             return click.echo(f"text: already in {folder}.")
         if folder.exists() and not there:
@@ -920,10 +961,21 @@ def fill_text(config, folder, plan):
 
 def finished_text(data_dir):
     """What text.json says about the text in a data folder; UserError if there is none."""
-    text = read_json(data_dir / "text" / "text.json")
+    text = read_plan(data_dir / "text" / "text.json")
     if text is None:
         raise UserError(f"there is no text in {data_dir}: run `python preprocess.py download` (with --data-dir) first.")
     return text
+
+
+def finished_meta(data_dir, overwrite):
+    """What meta.json says, None where there is none; a damaged one is an error unless it is to be overwritten."""
+    path = data_dir / "meta.json"
+    try:
+        return read_meta(data_dir) if path.exists() else None
+    except UserError:
+        if overwrite:
+            return None
+        raise
 
 
 def training_text(data_dir, text):
@@ -943,7 +995,7 @@ def train_vocab(data_dir, vocab_size, overwrite):
     name = f"tok{vocab_size}.model"
     if name in plan["files"]:
         return click.echo(f"vocabulary: already in {folder / name}.")
-    meta = read_json(data_dir / "meta.json")
+    meta = finished_meta(data_dir, overwrite)
     if meta and not overwrite and check_same(meta["arguments"], arguments, f"the corpus in {data_dir}", overwrite):
         return click.echo(f"vocabulary: already in {data_dir / name}.")
     start = time.monotonic()
@@ -1028,7 +1080,7 @@ def write_shard(path, encoded):
 def pretokenize(data_dir, workers, overwrite):
     """Encode the text to shards on all cores, then put shards, tokenizer and meta.json in place."""
     text, folder, start = finished_text(data_dir), partial_folders(data_dir)[0], time.monotonic()
-    plan, meta = read_json(folder / "plan.json"), read_json(data_dir / "meta.json")
+    plan, meta = read_plan(folder / "plan.json"), finished_meta(data_dir, overwrite)
     if plan is None and meta and not overwrite:
         check_same(meta["arguments"], text["arguments"], f"the corpus in {data_dir}", overwrite)
         return click.echo(f"tokens: already in {data_dir}.")
@@ -1077,6 +1129,7 @@ def finish(data_dir, folder, plan):
                 val=[entry for entry in shards if entry["file"].startswith("val")])
     if arguments["dataset"] == "sample":
         meta["floor"] = floor(read_text_file(data_dir / "text" / "val_000.parquet"), meta["val"])
+    meta["sha256"] = digest(meta)
     (data_dir / "meta.json").unlink(missing_ok=True)
     for path in sorted(data_dir.iterdir()):
         if OURS.fullmatch(path.name) and path.name not in files:
@@ -1127,14 +1180,18 @@ def report(data_dir, seconds):
                    "another download. Training does not need it.")
 
 
+def own(data_dir):
+    """Keep every other preparation out of `data_dir` until this command ends."""
+    click.get_current_context().with_resource(sole_owner(data_dir, "preparation"))
+
+
 def prepare(config, workers, overwrite):
     """All stages, each going on where it stopped."""
     start, data_dir, arguments = time.monotonic(), Path(config.data_dir), all_arguments(config)
+    own(data_dir)
     if (data_dir / "meta.json").exists() and not overwrite:
         meta = read_meta(data_dir)
         check_same(meta["arguments"], arguments, f"the corpus in {data_dir}", overwrite)
-        open_corpus(data_dir)
-        check_hashes(data_dir, meta)
         click.echo(f"The corpus in {data_dir} is prepared already, with the same arguments; nothing to do.")
         return report(data_dir, None)
     folder = partial_folders(data_dir)[0]
@@ -1192,6 +1249,8 @@ def prepare_dataset(workers, overwrite, **values):
 def download_command(overwrite, **values):
     """Bring the chosen stories to DATA-DIR/text."""
     config = CorpusConfig(**pick(CorpusConfig, values))
+    fingerprint(config)  # refuses a folder inside the corpus before anything is written there
+    own(config.data_dir)
     download(config, overwrite)
     files = finished_text(Path(config.data_dir))["files"].values()
     click.echo(f"text: {sum(file['stories'] for file in files):,} stories, "
@@ -1204,6 +1263,7 @@ def download_command(overwrite, **values):
 def train_vocab_command(overwrite, **values):
     """Train the vocabulary on the text."""
     config = CorpusConfig(**pick(CorpusConfig, values))
+    own(config.data_dir)
     train_vocab(Path(config.data_dir), config.vocab_size, overwrite)
 
 
@@ -1213,9 +1273,11 @@ def train_vocab_command(overwrite, **values):
 def pretokenize_command(workers, overwrite, **values):
     """Write the text as token ids."""
     config, start = CorpusConfig(**pick(CorpusConfig, values)), time.monotonic()
+    own(config.data_dir)
     pretokenize(Path(config.data_dir), workers, overwrite)
     report(config.data_dir, time.monotonic() - start)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -1,12 +1,16 @@
 """Training: optimizer, data order, evaluation, the loop, its log, and going on after a stop."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that importing torch takes: no traceback
+
 import contextlib
 import hashlib
 import importlib.util
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +25,7 @@ from tqdm import tqdm
 
 import preprocess
 from config import (COMMAND_LINE, PRESETS, GPTConfig, GroupedCommand, SampleConfig, TrainConfig, UserError, pick,
-                    replacing, restore, setting_options)
+                    replacing, restore, setting_options, sole_owner)
 from model import (GPT, IGNORE, autocast, build_model, choose_device, choose_dtype, cuda_hint, first_line,
                    read_checkpoint, save_checkpoint)
 
@@ -128,8 +132,34 @@ class Optimizers:
         return [member.state_dict() for member in self.members]
 
     def load_state_dict(self, states):
-        for member, state in zip(self.members, states, strict=True):
-            member.load_state_dict(state)
+        """Take the moments from `states`, rates and the like from the settings. ValueError where they do not fit."""
+        for member, saved in zip(self.members, states, strict=True):
+            shapes = state_shapes(member)
+            found = {key: {name: list(value.shape) for name, value in entry.items()}
+                     for key, entry in saved["state"].items()}
+            if found and found != shapes:  # empty where every update was skipped
+                raise ValueError(f"the moments of {type(member).__name__} do not fit its weights")
+            if not all_finite(value for entry in saved["state"].values() for value in entry.values()):
+                raise ValueError(f"moments of {type(member).__name__} are not finite")
+            member.load_state_dict(dict(state=saved["state"], param_groups=member.state_dict()["param_groups"]))
+
+
+def state_shapes(member):
+    """{index of a weight: {name: shape}} of what an optimizer remembers after its first step."""
+    shapes, index = {}, 0
+    for group in member.param_groups:
+        for weight in group["params"]:
+            if isinstance(member, Muon) and weight is group["params"][0]:
+                rows, cols = sorted((weight.shape[0] // group["parts"][0], weight.shape[1]))
+                shapes[index] = dict(momentum=[sum(group["parts"]), rows, cols])
+            elif not isinstance(member, Muon):
+                shapes[index] = dict(step=[], exp_avg=list(weight.shape), exp_avg_sq=list(weight.shape))
+            index += 1
+    return shapes
+
+
+def all_finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def make_optimizer(model, config):
@@ -272,7 +302,11 @@ class Validation:
         if corpus.meta["source"] == "sample":
             ids = self.stream.read(0, end).tolist()
             texts = [corpus.tokenizer.decode(ids[a:b]) for a, b in zip(stories, stories[1:]) if b <= end]
-            self.floor = sum(map(preprocess.story_nats, texts)) / self.predicted
+            try:
+                self.floor = sum(map(preprocess.story_nats, texts)) / self.predicted
+            except ValueError as error:
+                raise UserError(f"the corpus is called sample, but its validation stories are not: {error}. Prepare it "
+                                "again: `python preprocess.py prepare-dataset --dataset sample --overwrite`.") from error
 
     def batches(self, batch_size):
         """(x, y) of shape (<= batch_size, block_size), int64; y is -1 where nothing is predicted."""
@@ -355,7 +389,7 @@ def make_scaler(device, dtype):
 
 
 class LossNotFinite(Exception):
-    """The loss of an iteration is infinite or not a number."""
+    """The loss of an iteration, or its gradient where no GradScaler skips it, is infinite or not a number."""
 
 
 def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
@@ -374,9 +408,9 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     loss, norm = torch.stack([mean, norm]).tolist()  # the one wait for the device in an iteration
-    if not math.isfinite(loss):
-        raise LossNotFinite
     skipped = scaler.is_enabled() and not math.isfinite(norm)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+        raise LossNotFinite
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -395,6 +429,11 @@ class Progress:
     loss_count: int = 0
     skipped: int = 0  # iterations whose update an infinite fp16 gradient prevented
     best_val: float = math.inf
+
+    def __post_init__(self):
+        if not all(type(getattr(self, name)) is kind and getattr(self, name) >= 0  # NaN is not
+                   for name, kind in self.__annotations__.items()):
+            raise ValueError(f"progress is {asdict(self)}")
 
 
 def accumulation_steps(config, block_size, batch_size):
@@ -446,6 +485,18 @@ def resumed_settings(contents, preset, given, corpus, path):
     return contents["preset"], model_config, replace(config, **pick(TrainConfig, given))
 
 
+def read_run(path):
+    """The contents of a ckpt.pt, with all that going on from it needs; UserError where something is missing."""
+    contents = read_checkpoint(path)
+    needed = dict(preset=str, train_config=dict, corpus=dict, progress=dict, optimizer=list, scaler=dict,
+                  rng=torch.Tensor, cuda_rng=torch.Tensor | None)
+    wrong = [name for name, kind in needed.items() if not isinstance(contents.get(name, ...), kind)]
+    if wrong:
+        raise UserError(f"{path} cannot be gone on from, it lacks {', '.join(wrong)} (a best.pt is for chatting only): "
+                        "put the run's own ckpt.pt there, or start anew with --overwrite.")
+    return contents
+
+
 def corpus_identity(corpus):
     """What must be the same for a run to go on: where the text is from, the tokenizer and the training shards."""
     shards = "".join(shard["sha256"] for shard in corpus.meta["train"])
@@ -458,17 +509,19 @@ class Log:
 
     def __init__(self, path, config, progress):
         self.path, self.config = path if rank() == 0 else None, config
-        if self.path:
-            self.keep_until(progress.iter)
         self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None if rank() == 0 else True, dynamic_ncols=True, leave=False,
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {postfix}")
         self.started, self.started_at, self.last = None, progress.iter, replace(progress)
 
     def keep_until(self, it):
-        """Drop what was logged after iteration `it`, and a line that was cut short."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if it and self.path.exists() else []
+        """Drop what was logged after iteration `it`, and a line that was cut short; say so of lines that are none."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if it and self.path.exists() else []
+        at = [logged_iteration(line) for line in lines]
+        strange = sum(i is None and bool(line.strip()) for i, line in zip(at[:-1], lines))
+        if strange:
+            self.say(f"{self.path}: {strange} lines are damaged and left out.")
         with replacing(self.path, "w") as file:
-            file.writelines(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["iter"] <= it)
+            file.writelines(line + "\n" for i, line in zip(at, lines) if i is not None and i <= it)
 
     def write(self, progress, **values):
         """Append one line to metrics.jsonl; what is not finite becomes null."""
@@ -518,6 +571,15 @@ class Log:
         return duration(each * (self.config.max_iters - progress.iter))
 
 
+def logged_iteration(line):
+    """The iteration of a line of metrics.jsonl, None where it is not one."""
+    try:
+        it = json.loads(line)["iter"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return it if type(it) is int else None
+
+
 def thousands(number):
     return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
 
@@ -561,6 +623,8 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
+        if not contents:
+            check_memory(model_config)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         self.model = (build_model(contents, self.out_dir / "ckpt.pt").train() if contents
@@ -579,15 +643,28 @@ class Run:
         self.validation = Validation(corpus, model_config.block_size, config.eval_tokens, config.align_stories)
 
     def restore(self, contents):
-        self.optimizer.load_state_dict(contents["optimizer"])
-        self.scaler.load_state_dict(contents["scaler"])
-        self.progress = Progress(**contents["progress"])
-        torch.set_rng_state(contents["rng"])
-        if self.device.type == "cuda" and contents["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(contents["cuda_rng"], self.device)
+        try:
+            self.optimizer.load_state_dict(contents["optimizer"])
+            self.scaler.load_state_dict(contents["scaler"])
+            self.progress = Progress(**contents["progress"])
+            torch.set_rng_state(contents["rng"])
+            if self.device.type == "cuda" and contents["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(contents["cuda_rng"], self.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever has the wrong form
+            raise UserError(f"the training state in {self.out_dir / 'ckpt.pt'} is damaged ({first_line(error)}): start "
+                            "anew with --overwrite; its weights can still be used by chat.py.") from error
+
+    def check_finite(self):
+        """A checkpoint that holds NaN must never replace a good one: the update after the last loss may have made it."""
+        moments = (value for member in self.optimizer.members for entry in member.state.values()
+                   for value in entry.values())
+        if not (all_finite(self.model.parameters()) and all_finite(moments)):
+            raise UserError(loss_advice(self, f"the update of iteration {self.progress.iter} made weights or moments "
+                                        "that are not finite; they were not saved"))
 
     def save(self):
         """Write ckpt.pt, from which a resumed run goes on as if it had never stopped."""
+        self.check_finite()
         if rank() > 0:
             return
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -675,6 +752,9 @@ class Run:
         """Log one evaluation line, print a story, and keep the weights if they are the best so far."""
         result = evaluate(self.model, validation, self.batch_size, self.device, self.dtype)
         log.write(self.progress, **result)
+        if not math.isfinite(result["val_loss"]):
+            raise UserError(loss_advice(self, "the validation loss is no longer finite at iteration "
+                                        f"{self.progress.iter}; these weights were not saved"))
         line = f"iter {self.progress.iter}: validation loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits a byte"
         if "floor" in result:
             line += f", {100 * (result['val_loss'] / result['floor'] - 1):.1f}% above the floor of {result['floor']:.4f}"
@@ -684,8 +764,20 @@ class Run:
                                         self.config.seed + self.progress.iter, self.device, self.dtype).strip())
         if self.progress.iter and result["val_loss"] < self.progress.best_val:
             self.progress.best_val = result["val_loss"]
+            self.check_finite()
             if rank() == 0:
                 self.save_best()
+
+
+def check_memory(model_config):
+    """UserError for a model whose weights, gradients and one moment alone are more than this computer's memory."""
+    with torch.device("meta"):
+        need = 12 * GPT(model_config).count_parameters()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > there:
+            raise UserError(f"a model of {need // 12:,} parameters needs {need / 2**30:,.0f} GiB to train, and this computer "
+                            f"has {there / 2**30:,.0f}: use a smaller --n-layer, --n-embd or --intermediate-size.")
 
 
 def worth_compiling(run, seconds_left):
@@ -711,7 +803,8 @@ def train(run, log):
             try:
                 loss, norm, skipped = run.iteration(log)
             except LossNotFinite:
-                raise UserError(loss_advice(run)) from None
+                raise UserError(loss_advice(run, f"the loss or its gradient is no longer finite at iteration "
+                                            f"{progress.iter + 1}; nothing was changed by it")) from None
             each = time.perf_counter() - started
             progress.iter += 1
             progress.seconds += each
@@ -721,7 +814,8 @@ def train(run, log):
             bad_updates = bad_updates + 1 if skipped else 0
             last = progress.iter == config.max_iters
             if bad_updates > SKIPS_IN_A_ROW:
-                raise UserError(f"{bad_updates} iterations in a row had an infinite gradient: {loss_advice(run)}")
+                raise UserError(loss_advice(run, f"{bad_updates} iterations in a row, up to {progress.iter}, had an "
+                                            "infinite gradient and changed nothing"))
             if progress.iter == first + 4 and worth_compiling(run, each * (config.max_iters - progress.iter)):
                 run.set_compiled(True)
             if progress.iter % config.log_interval == 0 or last:
@@ -736,12 +830,12 @@ def train(run, log):
         return stop.signal
 
 
-def loss_advice(run):
-    """What to do after numbers stopped being finite."""
+def loss_advice(run, happened):
+    """What happened when numbers stopped being finite, and what to do."""
     good = run.out_dir / ("best.pt" if (run.out_dir / "best.pt").exists() else "ckpt.pt")
     lr_flag = "muon-learning-rate" if run.config.optimizer == "muon" else "learning-rate"
     kept = f"The last good checkpoint is {good}. " if good.exists() else ""
-    return (f"the loss is no longer finite at iteration {run.progress.iter + 1}; nothing was changed by it. {kept}"
+    return (f"{happened}. {kept}"
             f"Train again with a lower rate, --{lr_flag} {peak_lr(run.config) / 2:g}, or with "
             "--dtype float32 (bfloat16 on RTX 30 and newer), and --overwrite or another --out-dir.")
 
@@ -758,7 +852,7 @@ def fitting_batch_size(run):
         return max([size for size in sizes if size <= 32], default=32)
     free, total = torch.cuda.mem_get_info(run.device)
     limit = min(free + torch.cuda.memory_reserved(run.device),
-                total * torch.cuda.memory.get_per_process_memory_fraction(run.device))
+                total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()))
     weights = run.model.count_parameters()
     room = 0.9 * limit - (0 if run.progress.iter else 8 * weights)  # AdamW's two moments come with the first step
     fits, peaks = sizes[0], []
@@ -847,16 +941,18 @@ def print_plan(run, log):
             f"{duration(each * config.max_iters)} plus evaluations. Nothing was saved.")
 
 
+def own(out_dir):
+    """Keep every other training out of `out_dir` until this command ends; of several processes the first does it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        click.get_current_context().with_resource(sole_owner(out_dir, "training"))
+
+
 def check_out_dir(out_dir, resume, overwrite):
-    """Refuse to train over an earlier run unless told to."""
-    earlier = [out_dir / name for name in ("ckpt.pt", "best.pt", "metrics.jsonl") if (out_dir / name).exists()]
-    if resume or not earlier:
-        return
-    if not overwrite:
-        raise UserError(f"{out_dir} already holds a run: go on with it by --resume, replace it by --overwrite, or keep "
-                        "both with another --out-dir.")
-    for path in earlier:
-        path.unlink()
+    """Refuse to train over an earlier run unless told to; a log without a checkpoint is not one."""
+    if not (resume or overwrite) and any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt")):
+        go_on = "go on with it by --resume, " if (out_dir / "ckpt.pt").exists() else ""
+        raise UserError(f"{out_dir} already holds a run: {go_on}replace it by --overwrite, or keep both with another "
+                        "--out-dir.")
 
 
 def describe(run, log):
@@ -889,6 +985,15 @@ def write_config(run):
         json.dump(settings, file, indent=2)
 
 
+def begin_folder(run, log, overwrite):
+    """What changes in the folder once nothing can be refused any more: an old run goes, the log is cut, config.json."""
+    if overwrite:
+        for name in ("ckpt.pt", "best.pt"):
+            (run.out_dir / name).unlink(missing_ok=True)
+    log.keep_until(run.progress.iter)
+    write_config(run)
+
+
 @click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="settings by purpose  [default: rtx3050]")
 @click.option("--resume", is_flag=True, help="go on with the run in --out-dir")
@@ -906,8 +1011,11 @@ def main(preset, resume, overwrite, plan, **given):
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite deletes it: choose one.")
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
-    contents = read_checkpoint(out_dir / "ckpt.pt") if resume else None
-    data_dir = given.get("data_dir", contents["train_config"]["data_dir"] if resume else TrainConfig.data_dir)
+    if resume and not plan and out_dir.is_dir():
+        own(out_dir)  # before reading what another training may be about to replace
+    contents = read_run(out_dir / "ckpt.pt") if resume else None
+    data_dir = given.get("data_dir") or (restore(TrainConfig, contents["train_config"], out_dir / "ckpt.pt").data_dir
+                                         if resume else TrainConfig.data_dir)
     corpus = preprocess.open_corpus(data_dir)
     if resume:
         preset, model_config, config = resumed_settings(contents, preset, given, corpus, out_dir / "ckpt.pt")
@@ -915,6 +1023,7 @@ def main(preset, resume, overwrite, plan, **given):
         preset = preset or "rtx3050"
         model_config, config = fresh_settings(preset, given, corpus)
         if not plan:
+            own(out_dir)
             check_out_dir(out_dir, resume, overwrite)
     config = replace(config, device=join_world(config.device))
     run = Run(preset, model_config, replace(config, data_dir=str(data_dir), out_dir=str(out_dir)), corpus, contents)
@@ -929,7 +1038,7 @@ def main(preset, resume, overwrite, plan, **given):
         log.bar.close()
         return print_plan(run, log)
     if rank() == 0:
-        write_config(run)
+        begin_folder(run, log, overwrite)
     stopped_by = train(run, log)
     log.bar.close()
     where = "" if str(out_dir) == TrainConfig.out_dir else f" --out-dir {out_dir}"
@@ -941,4 +1050,5 @@ def main(preset, resume, overwrite, plan, **given):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
