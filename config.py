@@ -215,7 +215,7 @@ class SampleConfig(Settings):
     top_k: int = option(20, "keep the k likeliest tokens; 0 keeps all", min=0)
     top_p: float = option(1.0, "keep the likeliest tokens that together reach this probability", above=0, max=1)
     min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", min=0, max=1)
-    repetition_penalty: float = option(1.0, "above 1 makes tokens already used less likely", min=1, max=100)
+    repetition_penalty: float = option(1.1, "above 1 makes tokens already used less likely; 1 is off", min=1, max=100)
     repetition_window: int = option(64, "how many of the last tokens the penalty looks at", min=1)
     dry_multiplier: float = option(0.0, "above 0 penalises repeating a phrase word for word (DRY)", min=0, max=100)
     dry_base: float = option(1.75, "DRY: growth of the penalty per repeated token", min=1, max=100)

@@ -551,7 +551,7 @@ class Log:
         memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
         self.write(progress, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=progress.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory and round(memory))
-        line = f"loss {loss:.3f}, lr {lr:.1e}, {thousands(rate)} tokens/s, {self.time_left(progress)} left"
+        line = f"loss {loss:.3f}, lr {lr:.1e}, {thousands(rate)} tokens/s" + self.time_left(progress)
         line += f", {memory / 1024:.1f} GiB" if memory else ""
         line += f", {progress.skipped} skipped" if progress.skipped else ""
         self.last = replace(progress)
@@ -562,13 +562,12 @@ class Log:
             self.bar.update(progress.iter - self.bar.n)
 
     def time_left(self, progress):
-        """From the wall clock since the first line, so that evaluation counts and compilation does not."""
+        """From the wall clock since the first line, so that evaluation counts and compilation does not; '' before."""
         if self.started is None:
             self.started, self.started_at = time.monotonic(), progress.iter
-            each = progress.seconds / progress.iter
-        else:
-            each = (time.monotonic() - self.started) / (progress.iter - self.started_at)
-        return duration(each * (self.config.max_iters - progress.iter))
+            return ""
+        each = (time.monotonic() - self.started) / (progress.iter - self.started_at)
+        return f", {duration(each * (self.config.max_iters - progress.iter))} left"
 
 
 def logged_iteration(line):
@@ -967,9 +966,9 @@ def describe(run, log):
     if run.device.type == "cpu" and cuda_hint():
         log.say(f"Warning: {cuda_hint()}Training goes on, slowly, on the CPU.")
     epochs = tokens / len(stream)
-    log.say(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({run.count} micro-batches of "
-            f"{run.batch_size} x {model.block_size}), {tokens / 1e6:,.1f} M tokens in all, {epochs:.1f} epochs of the "
-            f"{len(stream) / 1e6:,.2f} M training tokens in {config.data_dir}.")
+    log.say(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({run.count} micro-batch"
+            f"{'es' if run.count > 1 else ''} of {run.batch_size} x {model.block_size}), "
+            f"{tokens / 1e6:,.1f} M tokens in all, {epochs:.1f} epochs of the {len(stream) / 1e6:,.2f} M training tokens in {config.data_dir}.")
     if epochs > MANY_EPOCHS:
         enough = max(1, round(MANY_EPOCHS * len(stream) / config.tokens_per_iter))
         log.say(f"Warning: past about {MANY_EPOCHS} epochs a model learns its stories by heart. Prepare more of them "
