@@ -243,8 +243,8 @@ PRESETS = {
     "rtx3050": {},
     "llama": dict(position="rotary"),
     "demo": dict(block_size=160, n_layer=3, n_head=4, n_embd=128, intermediate_size=256, position="rotary",
-                 qk_norm=True, align_stories=True, tokens_per_iter=5120, batch_size=32, max_iters=500,
-                 embedding_learning_rate=6e-3, warmup_iters=50, eval_interval=100, eval_tokens=20000),
+                 qk_norm=True, align_stories=True, tokens_per_iter=5120, batch_size=32, max_iters=320,
+                 embedding_learning_rate=6e-3, warmup_iters=50, eval_interval=80, eval_tokens=20000),
 }
 
 
