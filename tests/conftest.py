@@ -1,7 +1,11 @@
 """What several test files share: the repository on the import path, small models, a small prepared corpus."""
 
+import os
 import sys
 from pathlib import Path
+
+# The models of the tests are small, and the tests already use every core: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -479,6 +480,38 @@ def test_a_real_process_that_is_stopped_goes_on_where_it_was(data, undisturbed, 
     assert ("--resume" in output) == (how == signal.SIGTERM)
     subprocess.run([*TRAIN, "--resume", *where], check=True, env=ONE_THREAD, capture_output=True)
     assert same_run(undisturbed, tmp_path)
+
+
+# Several processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+FOUR = [*SMALL, "--tokens-per-iter", "256", "--dropout", "0"]  # two micro-batches for each of two processes
+
+
+def test_two_processes_learn_the_same_as_one(data, tmp_path):
+    run_train(data, tmp_path / "one", *FOUR, "--max-iters", 20)
+    subprocess.run([*TORCHRUN, *FOUR, "--max-iters", "20", "--data-dir", str(data), "--out-dir", str(tmp_path / "two")],
+                   check=True, env=ONE_THREAD, capture_output=True)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert (a["iter"], a["tokens"]) == (b["iter"], b["tokens"])
+        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in ("train_loss", "val_loss") if key in a)
+    resume(data, tmp_path / "two", "--max-iters", "24")
+    assert metrics(tmp_path / "two")[-1]["iter"] == 24, "one process goes on where two stopped"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes under /proc")
+def test_a_signal_to_any_process_ends_all_of_them_with_a_save(data, tmp_path):
+    flags = [*FOUR, "--max-iters", "100000", "--eval-interval", "50", "--data-dir", str(data), "--out-dir", str(tmp_path)]
+    with subprocess.Popen([*TORCHRUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          encoding="utf-8", env=ONE_THREAD) as parent:
+        wait_for_line(parent, "iter 50: validation")
+        children = (Path("/proc") / str(parent.pid) / "task" / str(parent.pid) / "children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+        output = parent.stdout.read()
+    at = int(re.search(r"Stopped and saved at iteration (\d+)", output)[1])
+    assert read_checkpoint(tmp_path / "ckpt.pt")["progress"]["iter"] == at >= 50
 
 
 def test_best_is_the_checkpoint_of_the_lowest_validation_loss_and_never_an_untrained_one(data, tmp_path, corpus):
