@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import time
 import types
 import typing
@@ -89,10 +90,10 @@ def sole_owner(folder, what):
         yield
 
 
-def option(default, help, *, min=None, max=None, above=None, below=None, choices=None, group=None):
+def option(default, help, *, min=None, max=None, above=None, below=None, choices=None, group=None, metavar=None):
     """A dataclass field that knows its help line and its limits; `group` starts a new section in --help."""
     limits = dict(min=min, max=max, above=above, below=below, choices=choices)
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, **limits))
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, metavar=metavar, **limits))
 
 
 def allowed_values(field):
@@ -165,8 +166,8 @@ class GPTConfig(Settings):
 class TrainConfig(Settings):
     """How a run learns, what it may use, and when it reports."""
 
-    data_dir: str = option("data", "folder of the prepared corpus", group="Folders")
-    out_dir: str = option("out", "folder for checkpoints, metrics and the resolved settings")
+    data_dir: str = option("data", "folder of the prepared corpus", group="Folders", metavar="FOLDER")
+    out_dir: str = option("out", "folder for checkpoints, metrics and the resolved settings", metavar="FOLDER")
 
     tokens_per_iter: int = option(65536, "tokens per iteration (the learning dial)", min=2, group="Learning")
     max_iters: int = option(30000, "iterations, each one optimizer update", min=1)
@@ -189,8 +190,8 @@ class TrainConfig(Settings):
 
     batch_size: int | str = option(32, "sequences per forward pass (the memory dial: halve it when memory runs "
                                    "out; learning stays the same), or auto", min=1, choices=("auto",),
-                                   group="Memory and speed")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+                                   group="Memory and speed", metavar="N|auto")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
     dtype: str = option("auto", "precision of the matrix products; auto is float16 on CUDA, float32 elsewhere",
                         choices=("auto", "float32", "float16", "bfloat16"))
     compile: str = option("auto", "torch.compile; auto: on CUDA with Triton, when the run is long enough to gain",
@@ -228,14 +229,17 @@ class CorpusConfig(Settings):
     """Which text is prepared, and how."""
 
     dataset: str = option("roneneldan/TinyStories", "a name on the Hugging Face Hub, a local folder or file "
-                          "(parquet, json, jsonl, csv, txt), or sample, the built-in corpus", group="Corpus")
-    text_field: str = option("text", "the column that holds the text")
+                          "(parquet, json, jsonl, csv, txt), or sample, the built-in corpus", group="Corpus",
+                          metavar="NAME")
+    text_field: str = option("text", "the column that holds the text, where there are columns", metavar="NAME")
     vocab_size: int | None = option(None, "tokens in the vocabulary  [default: 4096; 512 for sample]",
                                     min=260, max=65536)
+    tokenizer: str | None = option(None, "use this vocabulary (data/tok4096.model) instead of training one, as "
+                                   "train.py --init-from needs it", metavar="FILE")
     num_files: int = option(50, "the corpus is cut into 50 equal files; use the first N", min=1, max=50)
     sample_rate: float = option(1.0, "share of the stories of those files to keep", above=0, max=1)
     seed: int = option(1337, "seed of the choice of stories", min=0, max=2**63 - 1)
-    data_dir: str = option("data", "folder for the prepared corpus")
+    data_dir: str = option("data", "folder for the prepared corpus", metavar="FOLDER")
 
 
 # What each preset changes in GPTConfig and TrainConfig. A flag on the command line wins over its preset.
@@ -262,6 +266,9 @@ def restore(cls, values, where):
         raise UserError(f"{where}: {error.message}") from error
 
 
+KEPT_SPACE = "\x1f"  # a space where click must not end a line of --help
+
+
 class GroupedCommand(click.Command):
     """A command whose --help has the headings of the settings, and to which a failing disk is the user's situation."""
 
@@ -277,12 +284,16 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx, formatter):
         sections = {}
         for parameter in self.get_params(ctx):
-            row = parameter.get_help_record(ctx)
+            row = None if isinstance(parameter, click.Argument) else parameter.get_help_record(ctx)
             if row:
-                sections.setdefault(getattr(parameter, "group", "This command"), []).append(row)
+                # A default keeps to one line, and the range that click adds ([x>=1]) says nothing new.
+                text = re.sub(r"  \[[\d<=]*x[<>=\d]*\]", "", row[1])
+                text = re.sub(r"\[default: [^\]]{1,24}\]", lambda match: match[0].replace(" ", KEPT_SPACE), text)
+                sections.setdefault(getattr(parameter, "group", "This command"), []).append((row[0], text))
         for title, rows in sections.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
+        formatter.buffer = [text.replace(KEPT_SPACE, " ") for text in formatter.buffer]
 
 
 class SettingOption(click.Option):
@@ -299,15 +310,17 @@ class SettingOption(click.Option):
             kind = IntegerOrWord()
         else:
             kind = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else click.STRING
-        default = "" if field.default is None else f"  [default: {str(field.default).lower() if bool in kinds else field.default}]"
-        super().__init__([flag], type=kind, default=None, help=field.metadata["help"] + default)
+        value = f"{field.default:g}" if float in kinds else "no" if field.default is False else field.default
+        default = "" if value is None else f"  [default: {value}]"
+        metavar = field.metadata["metavar"] or ("N" if kind is click.INT else "X" if kind is click.FLOAT else None)
+        super().__init__([flag], type=kind, default=None, metavar=metavar, help=field.metadata["help"] + default)
         self.group = group
 
 
 class IntegerOrWord(click.ParamType):
     """A whole number, or a word that check_value judges."""
 
-    name = "integer|auto"
+    name = "n|auto"
 
     def convert(self, value, param, ctx):
         try:

@@ -203,6 +203,13 @@ def write_gguf(output, contents, model, where):
         f"  llama-completion -m \"{output}\" -no-cnv -p \"Once upon a time\" -n 200 --temp 0.6 --top-k 20")
 
 
+def write_tokenizer(output, contents, model, where):
+    with replacing(output) as file:
+        file.write(contents["tokenizer"])
+    return "its vocabulary", (f"Prepare text with it:\n  python preprocess.py prepare-dataset --tokenizer \"{output}\" "
+                              "--dataset YOUR-TEXT --data-dir data/mine")
+
+
 def write_pt(output, contents, model, where):
     save_checkpoint(output, model, contents["tokenizer"])
     return "weights and tokenizer", f"Try it:\n  python chat.py --checkpoint \"{output}\""
@@ -268,15 +275,15 @@ def report(output, what, advice):
     click.echo(advice)
 
 
-WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt}
+WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt, "tokenizer": write_tokenizer}
 
 
 @click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
 @click.option("--format", type=click.Choice(list(WRITERS)), required=True,
               help="hf: a folder for Hugging Face transformers; gguf: a file for llama.cpp; "
-              "pt: a checkpoint without what only resuming needs")
+              "pt: a checkpoint without what only resuming needs; tokenizer: its SentencePiece file")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="PATH",
-              help="folder (hf) or file (gguf, pt) to write")
+              help="folder (hf) or file (the others) to write")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="model to export  [default: best.pt in --out-dir, or else ckpt.pt]")
 @click.option("--out-dir", type=click.Path(path_type=Path), default=Path("out"), metavar="RUN",

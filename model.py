@@ -433,7 +433,7 @@ def read_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU; `tokenizer` as bytes. UserError says what is wrong with the file."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name one with --checkpoint.")
+        raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name another file.")
     try:
         with open(path, "rb") as file:
             # torch.load ignores the checksums, so a weight that changed on the disk would go unnoticed.
@@ -444,7 +444,7 @@ def read_checkpoint(path):
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of this program ({first_line(error)}). "
-                        "Use another one with --checkpoint, or train again with `python train.py`.") from error
+                        "Use another one, or train again with `python train.py`.") from error
     needed = dict(format=int, model_config=dict, model=dict, tokenizer=torch.Tensor)
     if not isinstance(contents, dict) or not all(isinstance(contents.get(key), kind) for key, kind in needed.items()):
         raise UserError(f"{path} is not a checkpoint of this program: train one with `python train.py`.")
@@ -471,7 +471,7 @@ def build_model(contents, where):
         raise UserError(f"{where}: {wrong} is {found.get(wrong, 'missing')}, and by its settings should be "
                         f"{expected.get(wrong, 'missing')}: the file is damaged; train again with `python train.py`.")
     if not all(weight.isfinite().all() for weight in contents["model"].values()):
-        raise UserError(f"{where} holds weights that are not finite: use another one with --checkpoint.")
+        raise UserError(f"{where} holds weights that are not finite: use another checkpoint.")
     model.load_state_dict(contents["model"], assign=True)
     model.init_rope()  # not saved, and only a shape so far
     return model.eval()

@@ -889,9 +889,43 @@ def text_arguments(config):
     return {name: getattr(config, name) for name in names} | {"files": fingerprint(config)}
 
 
-def all_arguments(config):
-    vocab_size = config.vocab_size or (512 if config.dataset == "sample" else 4096)
-    return text_arguments(config) | {"vocab_size": vocab_size}
+def all_arguments(config, tokenizer):
+    """The settings that decide what is prepared; `tokenizer` is the one of --tokenizer, None where one is trained."""
+    if tokenizer:
+        vocabulary = dict(vocab_size=tokenizer.vocab_size, tokenizer=config.tokenizer,
+                          tokenizer_sha256=tokenizer.sha256)
+    else:
+        vocabulary = vocabulary_arguments(config.vocab_size, config.dataset)
+    return text_arguments(config) | vocabulary
+
+
+def vocabulary_arguments(vocab_size, dataset):
+    vocab_size = vocab_size or (512 if dataset == "sample" else 4096)
+    return dict(vocab_size=vocab_size, tokenizer=None, tokenizer_sha256=None)
+
+
+def given_tokenizer(config):
+    """The vocabulary that --tokenizer names, None without it. UserError unless it is one that this program made."""
+    path = config.tokenizer
+    if path is None:
+        return None
+    which = "pass the tok*.model in the folder of the corpus that its model was trained on, such as data/tok4096.model"
+    try:
+        tokenizer = Tokenizer(Path(path).read_bytes(), path)
+        text = " a  b\n\n12\r\n\t\u00e9\U0001f600 "
+        ours = ((tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2) and tokenizer.vocab_size <= 65536
+                and tokenizer.decode(tokenizer.encode(text)) == text)
+    except OSError as error:
+        raise UserError(f"--tokenizer {path} cannot be read ({error.strerror}): {which}.") from error
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(f"--tokenizer {path} is not a vocabulary that preprocess.py made: {which}. A checkpoint gives "
+                        "its own: `python export.py --format tokenizer --checkpoint out/best.pt --output tok.model`.")
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(f"--vocab-size {config.vocab_size} contradicts --tokenizer {path}, which has "
+                        f"{tokenizer.vocab_size} tokens: leave --vocab-size out.")
+    return tokenizer
 
 
 def partial_folders(data_dir):
@@ -903,8 +937,9 @@ def check_same(there, arguments, what, overwrite):
     differ = [name for name in arguments if there.get(name) != arguments[name]]
     if differ and not overwrite:
         said = [f"--{name.replace('_', '-')} {there.get(name)} (not {arguments[name]})" for name in differ
-                if name != "files"]
-        reason = f"was prepared with {', '.join(said)}" if said else "is older than the files of --dataset"
+                if name not in ("files", "tokenizer_sha256")]
+        newer = "--dataset" if "files" in differ else "--tokenizer"
+        reason = f"was prepared with {', '.join(said)}" if said else f"is older than the files of {newer}"
         raise UserError(f"{what} {reason}: pass --overwrite to replace it, or another --data-dir to keep both.")
     return not differ
 
@@ -953,6 +988,9 @@ def fill_text(config, folder, plan):
         if name not in plan["files"]:
             plan["files"][name] = write_text_file(folder / name, texts)
             write_json(folder / "plan.json", plan)
+    if len(plan["files"]) < 2 and config.num_files == PARTS and config.sample_rate == 1:
+        raise UserError(f"{config.dataset} holds too little text: beside what validation needs, none is left to train "
+                        "on. Pass --dataset with more of it.")
     if len(plan["files"]) < 2:
         raise UserError(f"--num-files {config.num_files} and --sample-rate {config.sample_rate:g} keep none of the "
                         f"{rows:,} training stories of {config.dataset}: raise them.")
@@ -988,9 +1026,8 @@ def training_text(data_dir, text):
 def train_vocab(data_dir, vocab_size, overwrite):
     """Train the tokenizer on the training text and leave it in tokens.partial."""
     text = finished_text(data_dir)
-    if vocab_size is None:
-        vocab_size = 512 if text["arguments"]["dataset"] == "sample" else 4096
-    arguments, folder = text["arguments"] | {"vocab_size": vocab_size}, partial_folders(data_dir)[0]
+    vocabulary, folder = vocabulary_arguments(vocab_size, text["arguments"]["dataset"]), partial_folders(data_dir)[0]
+    vocab_size, arguments = vocabulary["vocab_size"], text["arguments"] | vocabulary
     plan = open_plan(folder, arguments, overwrite)
     name = f"tok{vocab_size}.model"
     if name in plan["files"]:
@@ -1085,7 +1122,7 @@ def pretokenize(data_dir, workers, overwrite):
         check_same(meta["arguments"], text["arguments"], f"the corpus in {data_dir}", overwrite)
         return click.echo(f"tokens: already in {data_dir}.")
     plan = plan or reuse_tokenizer(data_dir, text, folder, meta)
-    if {**plan["arguments"], "vocab_size": None} != {**text["arguments"], "vocab_size": None}:
+    if any(plan["arguments"].get(name) != value for name, value in text["arguments"].items()):
         raise UserError(f"the vocabulary in {folder} was made from other text than that in {data_dir / 'text'}: run "
                         "`python preprocess.py train-vocab --overwrite` first.")
     name = f"tok{plan['arguments']['vocab_size']}.model"
@@ -1112,10 +1149,18 @@ def reuse_tokenizer(data_dir, text, folder, meta):
     if meta is None:
         raise UserError(f"there is no vocabulary in {data_dir}: run `python preprocess.py train-vocab` first.")
     tokenizer = Tokenizer.from_file(data_dir / meta["tokenizer"]["file"])
-    with replacing(folder / meta["tokenizer"]["file"]) as file:
-        file.write(tokenizer.model_bytes)
-    files = {meta["tokenizer"]["file"]: dict(sha256=tokenizer.sha256)}
-    return dict(arguments=text["arguments"] | {"vocab_size": tokenizer.vocab_size}, files=files)
+    return take_tokenizer(folder, dict(arguments=meta["arguments"] | text["arguments"], files={}), tokenizer)
+
+
+def take_tokenizer(folder, plan, tokenizer):
+    """Leave a tokenizer that exists already in tokens.partial, as train_vocab leaves a new one; the plan."""
+    name = f"tok{tokenizer.vocab_size}.model"
+    if name not in plan["files"]:
+        with replacing(folder / name) as file:
+            file.write(tokenizer.model_bytes)
+        plan["files"][name] = dict(sha256=tokenizer.sha256)
+        write_json(folder / "plan.json", plan)
+    return plan
 
 
 def finish(data_dir, folder, plan):
@@ -1187,7 +1232,8 @@ def own(data_dir):
 
 def prepare(config, workers, overwrite):
     """All stages, each going on where it stopped."""
-    start, data_dir, arguments = time.monotonic(), Path(config.data_dir), all_arguments(config)
+    start, data_dir, tokenizer = time.monotonic(), Path(config.data_dir), given_tokenizer(config)
+    arguments = all_arguments(config, tokenizer)
     own(data_dir)
     if (data_dir / "meta.json").exists() and not overwrite:
         meta = read_meta(data_dir)
@@ -1198,13 +1244,20 @@ def prepare(config, workers, overwrite):
     plan = open_plan(folder, arguments, overwrite)
     going_on = bool(plan["files"])
     download(config, overwrite and not going_on)
-    train_vocab(data_dir, arguments["vocab_size"], overwrite)
+    if tokenizer:
+        take_tokenizer(folder, plan, tokenizer)
+        click.echo(f"vocabulary: {tokenizer.vocab_size} tokens of {config.tokenizer}.")
+    else:
+        train_vocab(data_dir, arguments["vocab_size"], overwrite)
     pretokenize(data_dir, workers, overwrite)
     report(data_dir, time.monotonic() - start)
 
 
 class Stages(click.Group):
     """The commands, with Ctrl-C and failing disks ending in a line instead of a traceback."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)      # as they stand below: the one that most people need first
 
     def invoke(self, ctx):
         try:
@@ -1223,7 +1276,8 @@ class Stages(click.Group):
 def main():
     """Prepare a corpus for train.py: choose stories, train a vocabulary, write token ids.
 
-    prepare-dataset does all of it; the other commands are its stages, one at a time.
+    prepare-dataset does all of it; the other commands are its stages, one at a time. Their options:
+    `python preprocess.py prepare-dataset --help`.
     """
 
 
@@ -1231,7 +1285,7 @@ def working_options(command):
     # Where the system says which cores this process may use, a container's share counts and not the whole machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = click.option("--overwrite", is_flag=True, help="replace what was prepared with other arguments")(command)
-    return click.option("--workers", type=click.IntRange(1, 1024), default=cores,
+    return click.option("--workers", type=click.IntRange(1, 1024), default=cores, metavar="N",
                         help="threads that encode  [default: all cores]")(command)
 
 
@@ -1244,7 +1298,7 @@ def prepare_dataset(workers, overwrite, **values):
 
 
 @main.command("download", cls=GroupedCommand)
-@setting_options(CorpusConfig, omit=("vocab_size",))
+@setting_options(CorpusConfig, omit=("vocab_size", "tokenizer"))
 @click.option("--overwrite", is_flag=True, help="replace text that was chosen with other arguments")
 def download_command(overwrite, **values):
     """Bring the chosen stories to DATA-DIR/text."""
@@ -1258,7 +1312,7 @@ def download_command(overwrite, **values):
 
 
 @main.command("train-vocab", cls=GroupedCommand)
-@setting_options(CorpusConfig, omit=("dataset", "text_field", "num_files", "sample_rate", "seed"))
+@setting_options(CorpusConfig, omit=("dataset", "text_field", "tokenizer", "num_files", "sample_rate", "seed"))
 @click.option("--overwrite", is_flag=True, help="replace a vocabulary of another size")
 def train_vocab_command(overwrite, **values):
     """Train the vocabulary on the text."""
@@ -1268,7 +1322,8 @@ def train_vocab_command(overwrite, **values):
 
 
 @main.command("pretokenize", cls=GroupedCommand)
-@setting_options(CorpusConfig, omit=("dataset", "text_field", "vocab_size", "num_files", "sample_rate", "seed"))
+@setting_options(CorpusConfig, omit=("dataset", "text_field", "vocab_size", "tokenizer", "num_files", "sample_rate",
+                                     "seed"))
 @working_options
 def pretokenize_command(workers, overwrite, **values):
     """Write the text as token ids."""

@@ -469,6 +469,27 @@ def fresh_settings(preset, given, corpus):
     return GPTConfig(**pick(GPTConfig, values)), TrainConfig(**pick(TrainConfig, values))
 
 
+def settings_from(contents, preset, given, corpus, path):
+    """(preset, GPTConfig, TrainConfig) of a new run on the weights of a checkpoint, which decide the network's shape."""
+    model_config = restore(GPTConfig, contents["model_config"], path)
+    shape = pick(GPTConfig, (PRESETS[preset] if preset else {}) | given)
+    for name, value in shape.items():
+        if name != "dropout" and value != getattr(model_config, name):
+            typed = f"--{name.replace('_', '-')}" if name in given else f"--preset {preset} ({name})"
+            raise UserError(f"{typed} {value} contradicts {path}, whose network has {getattr(model_config, name)}: leave "
+                            "the flag out, the shape comes from the checkpoint.")
+    if hashlib.sha256(contents["tokenizer"]).hexdigest() != corpus.tokenizer.sha256:
+        name = f"tok{model_config.vocab_size}.model"
+        arguments = corpus.meta["arguments"] | dict(tokenizer=name, vocab_size=None)
+        again = preprocess.prepare_command(given.get("data_dir", TrainConfig.data_dir), arguments, "--overwrite")
+        raise UserError(f"{path} was trained with another tokenizer than {given.get('data_dir', TrainConfig.data_dir)} "
+                        f"was prepared with. Take it out with `python export.py --format tokenizer --checkpoint {path} "
+                        f"--output {name}`, then prepare the text with it: {again}.")
+    preset = preset or (contents.get("preset") if contents.get("preset") in PRESETS else "rtx3050")
+    return (preset, replace(model_config, dropout=given.get("dropout", model_config.dropout)),
+            TrainConfig(**pick(TrainConfig, PRESETS[preset] | given)))
+
+
 def resumed_settings(contents, preset, given, corpus, path):
     """(preset, GPTConfig, TrainConfig) of the checkpoint, with those flags that may change. Refuses the others."""
     model_config = restore(GPTConfig, contents["model_config"], path)
@@ -617,17 +638,18 @@ class StopRequest:
 class Run:
     """One training run: what it learns with, how far it is, and how it is saved."""
 
-    def __init__(self, preset, model_config, config, corpus, contents=None):
+    def __init__(self, preset, model_config, config, corpus, contents=None, model=None):
+        """`contents` of a ckpt.pt to go on with, or the `model` to begin with; with neither, a new one."""
         self.preset, self.config, self.corpus = preset, config, corpus
         self.out_dir = Path(config.out_dir)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
-        if not contents:
+        if not (contents or model):
             check_memory(model_config)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = (build_model(contents, self.out_dir / "ckpt.pt").train() if contents
-                      else GPT(model_config)).to(self.device)
+        self.model = (build_model(contents, self.out_dir / "ckpt.pt") if contents
+                      else model or GPT(model_config)).train().to(self.device)
         self.model.checkpoint_activations = config.checkpoint_activations
         self.optimizer = make_optimizer(self.model, config)
         self.set_compiled(config.compile == "on" or (world_size() > 1 and config.compile == "auto"
@@ -994,12 +1016,15 @@ def begin_folder(run, log, overwrite):
 
 
 @click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="settings by purpose  [default: rtx3050]")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="settings by purpose; the defaults below are those of rtx3050")
 @click.option("--resume", is_flag=True, help="go on with the run in --out-dir")
+@click.option("--init-from", type=click.Path(path_type=Path), metavar="FILE",
+              help="begin with the weights of a checkpoint, on text prepared with its tokenizer (preprocess.py "
+              "--tokenizer)")
 @click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
 @click.option("--plan", is_flag=True, help="train nothing; print size, memory and duration")
 @setting_options(GPTConfig, TrainConfig)
-def main(preset, resume, overwrite, plan, **given):
+def main(preset, resume, init_from, overwrite, plan, **given):
     """Train a GPT on the corpus that preprocess.py prepared.
 
     Writes ckpt.pt (to go on with --resume), best.pt (for chat.py), metrics.jsonl (for plot_loss.py) and config.json
@@ -1009,24 +1034,34 @@ def main(preset, resume, overwrite, plan, **given):
     given = {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite deletes it: choose one.")
+    if resume and init_from:
+        raise click.UsageError("--resume goes on with a run as it was, --init-from begins a new one: choose one.")
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    if init_from and overwrite and init_from.resolve().parent == out_dir.resolve():
+        raise UserError(f"--overwrite would delete {init_from}, where the run begins: pass another --out-dir.")
     if resume and not plan and out_dir.is_dir():
         own(out_dir)  # before reading what another training may be about to replace
     contents = read_run(out_dir / "ckpt.pt") if resume else None
+    initial = read_checkpoint(init_from) if init_from else None
     data_dir = given.get("data_dir") or (restore(TrainConfig, contents["train_config"], out_dir / "ckpt.pt").data_dir
                                          if resume else TrainConfig.data_dir)
     corpus = preprocess.open_corpus(data_dir)
     if resume:
         preset, model_config, config = resumed_settings(contents, preset, given, corpus, out_dir / "ckpt.pt")
     else:
-        preset = preset or "rtx3050"
-        model_config, config = fresh_settings(preset, given, corpus)
+        if init_from:
+            preset, model_config, config = settings_from(initial, preset, given, corpus, init_from)
+        else:
+            preset = preset or "rtx3050"
+            model_config, config = fresh_settings(preset, given, corpus)
         if not plan:
             own(out_dir)
             check_out_dir(out_dir, resume, overwrite)
     config = replace(config, device=join_world(config.device))
-    run = Run(preset, model_config, replace(config, data_dir=str(data_dir), out_dir=str(out_dir)), corpus, contents)
-    contents = None  # the optimizer has its copy; on a small card the room is needed
+    model = init_from and build_model(initial | dict(model_config=asdict(model_config)), init_from)
+    config = replace(config, data_dir=str(data_dir), out_dir=str(out_dir))
+    run = Run(preset, model_config, config, corpus, contents, model)
+    contents = initial = model = None  # the optimizer has its copy; on a small card the room is needed
     if run.progress.iter >= config.max_iters:
         raise UserError(f"the run in {out_dir} has finished its {run.progress.iter} iterations: talk to it with `python "
                         f"chat.py --out-dir {out_dir}`, or go on with a larger --max-iters.")

@@ -62,14 +62,15 @@ def test_help_shows_the_default(cls, field):
     after = text.split(f"{flag(field)} ", 1)[1].split(" --", 2)
     words = " ".join(after[:2]) if bool in value_types(field) else after[0]
     if field.default is not None:
-        shown = str(field.default).lower() if field.type is bool else field.default
+        shown = field.default
+        shown = "no" if shown is False else f"{shown:g}" if isinstance(shown, float) else shown
         assert f"[default: {shown}]" in words
 
 
 @pytest.mark.parametrize("cls, field", FIELDS)
 def test_every_flag_takes_its_own_default_and_changes_nothing_else(cls, field):
     if field.default is None:
-        arguments, expected = [flag(field), "300"], 300
+        arguments, expected = [flag(field), "300"], "300" if str in value_types(field) else 300
     elif field.type is bool:
         arguments, expected = [flag(field)], True
     else:
