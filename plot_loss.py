@@ -54,13 +54,13 @@ def read_metrics(path):
             continue
         try:
             line = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity become None
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(texts):  # no newline yet: train.py is writing this line now
                 continue
             line = None
-        numbers = isinstance(line, dict) and all(value is None or isinstance(value, (int, float))
+        numbers = isinstance(line, dict) and all(value is None or isinstance(value, (int, float)) and abs(value) < 1e300
                                                  for value in line.values())
-        if not numbers or type(line.get("iter")) is not int:
+        if not numbers or type(line.get("iter")) is not int or line["iter"] < 0:
             raise UserError(f"{path}, line {number}: {text[:40]!r} is not a line of a training log. Delete it, then "
                             f"type: python plot_loss.py {path.parent}")
         for kind, name in ((train, "train_loss"), (val, "val_loss")):
@@ -83,8 +83,10 @@ def read_run(folder):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vocab_size = config["model"]["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         vocab_size = None  # only the line of guessing is lost
+    if type(vocab_size) is not int or vocab_size < 2:
+        vocab_size = None
     return Run(folder, train, val, vocab_size)
 
 

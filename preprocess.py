@@ -83,14 +83,18 @@ def has_form(value, form):
 def read_plan(path):
     """The plan of a folder that is being filled, or of one that is full; None where there is none that can be read."""
     plan = read_json(path)
-    whole = has_form(plan, PLAN) and all(has_form(entry, FILES.get(Path(file).suffix))
-                                         for file, entry in plan["files"].items())
+    whole = has_form(plan, PLAN | dict(sha256=str)) and plan.pop("sha256") == digest(plan) and all(
+        has_form(entry, FILES.get(Path(file).suffix)) for file, entry in plan["files"].items())
     return plan if whole else None
 
 
-def digest(meta):
-    """The SHA-256 of what meta.json says, so that a number in it that changed is noticed."""
-    said = {key: value for key, value in meta.items() if key != "sha256"}
+def write_plan(path, plan):
+    write_json(path, plan | dict(sha256=digest(plan)))
+
+
+def digest(said):
+    """The SHA-256 of what a JSON file of ours says, so that a name or number in it that changed is noticed."""
+    said = {key: value for key, value in said.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,7 +132,7 @@ class Tokenizer:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size = self.processor.vocab_size()
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, UnicodeDecodeError):  # the last where its own message quotes the damage
             self.vocab_size = 0
         if not self.vocab_size:
             raise UserError(f"{where} is not a SentencePiece model: prepare the corpus again with --overwrite.")
@@ -987,14 +991,14 @@ def fill_text(config, folder, plan):
     for name, texts in groups:
         if name not in plan["files"]:
             plan["files"][name] = write_text_file(folder / name, texts)
-            write_json(folder / "plan.json", plan)
+            write_plan(folder / "plan.json", plan)
     if len(plan["files"]) < 2 and config.num_files == PARTS and config.sample_rate == 1:
         raise UserError(f"{config.dataset} holds too little text: beside what validation needs, none is left to train "
                         "on. Pass --dataset with more of it.")
     if len(plan["files"]) < 2:
         raise UserError(f"--num-files {config.num_files} and --sample-rate {config.sample_rate:g} keep none of the "
                         f"{rows:,} training stories of {config.dataset}: raise them.")
-    write_json(folder / "text.json", plan)
+    write_plan(folder / "text.json", plan)
 
 
 def finished_text(data_dir):
@@ -1044,7 +1048,7 @@ def train_vocab(data_dir, vocab_size, overwrite):
     with replacing(folder / name) as file:
         file.write(model)
     plan["files"][name] = dict(sha256=hashlib.sha256(model).hexdigest())
-    write_json(folder / "plan.json", plan)
+    write_plan(folder / "plan.json", plan)
     click.echo(f"vocabulary: {vocab_size} tokens from {min(total, VOCABULARY_BYTES) / 1e6:.1f} MB of text in "
                f"{time.monotonic() - start:.1f} s.")
 
@@ -1137,7 +1141,7 @@ def pretokenize(data_dir, workers, overwrite):
         for path, group in itertools.groupby(counted, key=lambda item: item[0]):
             shard = path.stem + ".bin"
             plan["files"][shard] = write_shard(folder / shard, group)
-            write_json(folder / "plan.json", plan)
+            write_plan(folder / "plan.json", plan)
         seconds = time.monotonic() - start
         tokens = sum(plan["files"][Path(file).stem + ".bin"]["tokens"] for file in missing)
         click.echo(f"tokens: {tokens:,} in {seconds:.1f} s, {tokens / seconds:,.0f} a second.")
@@ -1159,7 +1163,7 @@ def take_tokenizer(folder, plan, tokenizer):
         with replacing(folder / name) as file:
             file.write(tokenizer.model_bytes)
         plan["files"][name] = dict(sha256=tokenizer.sha256)
-        write_json(folder / "plan.json", plan)
+        write_plan(folder / "plan.json", plan)
     return plan
 
 

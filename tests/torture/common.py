@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,30 +28,46 @@ else:
 
 
 def call(script, arguments, log, prepare=None):
-    """In a new process: what `python SCRIPT ARGUMENTS > LOG 2>&1` does."""
-    with open(log, "a", buffering=1, encoding="utf-8") as file:
+    """In a new process: what `python SCRIPT ARGUMENTS > LOG 2>&1` does. `log` is a path or one end of a pipe."""
+    with open(log, "a", encoding="utf-8") if isinstance(log, str) else log as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
-        sys.stdin = open(os.devnull, encoding="utf-8")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if prepare:
-            prepare[0](*prepare[1:])
-        sys.argv = [f"{script}.py", *arguments]
-        __import__(script).main(list(arguments), prog_name=f"{script}.py")
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))
+    sys.stdin = open(os.devnull, encoding="utf-8")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare:
+        prepare[0](*prepare[1:])
+    sys.argv = [f"{script}.py", *arguments]
+    __import__(script).main(list(arguments), prog_name=f"{script}.py")
 
 
 def start(script, arguments, log, prepare=None):
     """A process that runs one of the scripts; `prepare`: (function, arguments...) to call in it first."""
-    process = processes.Process(target=call, args=(script, [str(word) for word in arguments], str(log), prepare))
+    arguments = [str(word) for word in arguments]
+    if prepare is None:
+        process = processes.Process(target=call, args=(script, arguments, str(log)))
+        process.start()
+        return process
+    # What is prepared may forbid writing, so here this process keeps the log.
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=call, args=(script, arguments, theirs, prepare))
     process.start()
+    theirs.close()
+    threading.Thread(target=keep_log, args=(ours, log), daemon=True).start()
     return process
+
+
+def keep_log(pipe, log):
+    with open(log, "ab", buffering=0) as file:
+        while text := os.read(pipe.fileno(), 65536):
+            file.write(text)
 
 
 def run(script, arguments, log, prepare=None):
     """The exit status of a script that runs to its end."""
     process = start(script, arguments, log, prepare)
     process.join(120)
+    time.sleep(0.05 if prepare else 0)  # the last words are still in the pipe
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -69,7 +86,7 @@ def tales(count, seed=0):
     return [f"Tale {i}. " + " ".join(rng.choices(words, k=rng.randint(5, 30))) + ".\n\nEnd." for i in range(count)]
 
 
-def write_tales(path, count=400, seed=0):
+def write_tales(path, count=1200, seed=0):
     """A corpus of tales as a text or jsonl file."""
     if path.suffix == ".txt":
         path.write_text("\n<|endoftext|>\n".join(tales(count, seed)), encoding="utf-8")
@@ -79,7 +96,7 @@ def write_tales(path, count=400, seed=0):
 
 
 def preparation(source, data, *flags):
-    return ["prepare-dataset", "--dataset", source, "--vocab-size", 300, "--num-files", 50, "--workers", 2,
+    return ["prepare-dataset", "--dataset", source, "--vocab-size", 300, "--num-files", 6, "--workers", 2,
             "--data-dir", data, *flags]
 
 

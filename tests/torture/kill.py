@@ -2,7 +2,7 @@
 
     python tests/torture/kill.py --times 200
 
-Half of the rounds prepare a corpus, half train. A round kills the process once to four times (half of the kills as
+Half of the rounds prepare a corpus, half train. A round kills the process once to six times (half of the kills as
 soon as a temporary file appears, which is inside a write), and gives the same command again after each, training with
 --resume once there is a checkpoint. In the end everything must equal an undisturbed run, bit for bit. Further rounds
 press Ctrl-C, terminate, or stop the process and let it continue.
@@ -22,7 +22,7 @@ from pathlib import Path
 from common import TINY, Clock, differences, leftovers, prepared, preparation, read, run, start, table, write_tales
 
 # A save after every iteration; an evaluation, with best.pt, after every third.
-RUN = [*TINY, "--max-iters", "20", "--eval-interval", "3", "--save-minutes", "1e-9", "--compile", "off"]
+RUN = [*TINY, "--max-iters", "12", "--eval-interval", "3", "--save-minutes", "1e-9", "--compile", "off"]
 GENTLE = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -97,9 +97,9 @@ def disturb(process, how, task, seconds, rng):
     return hit
 
 
-def round_of(task, how, seconds, count, rng, log):
-    """Run one task to its end through its disturbances. `count` is a Counter of what happened."""
-    for left in range(rng.randint(1, 4), -1, -1):
+def round_of(task, how, most, seconds, count, rng, log):
+    """Run one task to its end through 1 to 6 disturbances, `most` at most. `count` is a Counter of what happened."""
+    for left in range(min(most, rng.randint(1, 6)), -1, -1):
         process = start(*task.command(), log)
         if left:
             hit = disturb(process, how, task, seconds * 1.1, rng)
@@ -121,22 +121,28 @@ def round_of(task, how, seconds, count, rng, log):
     return ", ".join(task.wrong())
 
 
-def torture(times, others, seed=0, scratch=None):
+def torture(times, others, seed=0, scratch=None, verbose=False):
     """(Counter of what happened, [what went wrong])."""
     rng, count, failures = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         reference = Path(folder)
         seconds = undisturbed(reference)
-        plan = [signal.SIGKILL] * times + [signal.SIGINT, signal.SIGTERM, signal.SIGSTOP] * (others // 3)
-        for number, how in enumerate(plan):
+        wanted = {signal.SIGKILL: times} | dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGSTOP), others // 3)
+        number = 0
+        while left := {how: n for how, n in wanted.items() if n > 0}:
+            how, number = next(iter(left)), number + 1
             place = reference / "round"
             place.mkdir()
             task = (Preparing, Training)[number % 2](reference, place, rng.choice([".txt", ".jsonl"]))
-            kinds = Counter()
-            wrong = round_of(task, how, seconds[task.name], kinds, rng, place / "log")
-            count[f"{signal.Signals(how).name} rounds of {task.name}"] += 1
-            for kind, n in kinds.items():
-                count[f"{signal.Signals(how).name}s sent" if kind == "disturbed" else f"{signal.Signals(how).name}s {kind}"] += n
+            happened = Counter()
+            wrong = round_of(task, how, wanted[how], seconds[task.name], happened, rng, place / "log")
+            wanted[how] -= happened["disturbed"]
+            name = signal.Signals(how).name
+            count[f"{name}, {task.name}"] += happened["disturbed"]
+            count[f"{name}, of these inside a write"] += happened["inside a write"]
+            count["rounds"] += 1
+            if verbose:
+                print(f"\r{dict(count)}", end="", file=sys.stderr)
             if wrong:
                 failures.append(f"round {number}, {signal.Signals(how).name}, {task.name}: {wrong}")
                 print(failures[-1], file=sys.stderr)
@@ -146,12 +152,13 @@ def torture(times, others, seed=0, scratch=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=200, help="rounds with SIGKILL")
-    parser.add_argument("--others", type=int, default=60, help="rounds with Ctrl-C, SIGTERM, SIGSTOP and SIGCONT")
+    parser.add_argument("--times", type=int, default=200, help="how often to send SIGKILL")
+    parser.add_argument("--others", type=int, default=60, help="how often to send Ctrl-C, SIGTERM, SIGSTOP with SIGCONT")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     clock = Clock()
-    count, failures = torture(options.times, options.others, options.seed)
+    count, failures = torture(options.times, options.others, options.seed, verbose=True)
+    print(file=sys.stderr)
     sys.exit(table({**count, "seconds": round(clock()), "!rounds that ended otherwise than an undisturbed run":
                     len(failures)}))
 
