@@ -87,7 +87,7 @@ def generation_config(config):
     """The defaults of chat.py, short enough for a prompt before: positions past the context were never trained."""
     sample = SampleConfig()
     return dict(bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=True, temperature=sample.temperature,
-                top_k=sample.top_k, top_p=sample.top_p,
+                top_k=sample.top_k, top_p=sample.top_p, repetition_penalty=sample.repetition_penalty,
                 max_new_tokens=min(sample.max_new_tokens, config.block_size * 3 // 4))
 
 

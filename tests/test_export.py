@@ -143,7 +143,7 @@ def test_transformers_generates_the_same_greedy_text(transformers, hf, runs, nam
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf[name])
     prompt = tokenizer("Once upon a time", return_tensors="pt")
     found = theirs.generate(**prompt, do_sample=False, max_new_tokens=100)[0, prompt.input_ids.shape[1]:].tolist()
-    sample = SampleConfig(temperature=0.0, top_k=0, max_new_tokens=100)
+    sample = SampleConfig(temperature=0.0, top_k=0, repetition_penalty=1.0, max_new_tokens=100)
     model, start = ours(runs, name), torch.tensor([[1] + pieces.encode("Once upon a time")])
     expected = [int(token) for token in model.generate(start, sample, eos_id=2)]
     assert len(expected) > 10

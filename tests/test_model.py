@@ -365,7 +365,7 @@ def test_cached_logits_equal_full_logits_in_half_precision(position):
 # Generation
 
 def greedy(n):
-    return SampleConfig(temperature=0.0, max_new_tokens=n)
+    return SampleConfig(temperature=0.0, repetition_penalty=1.0, max_new_tokens=n)
 
 
 def generated(net, idx, sample, eos_id=0, generator=None):
