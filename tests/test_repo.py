@@ -223,7 +223,7 @@ def test_requirements_are_the_seven_libraries_and_torch_has_a_version():
 def test_what_the_tests_import_is_in_their_requirements():
     needed = set(requirements(need("requirements.txt"))) | set(requirements(need("tests/requirements.txt")))
     tests = list((ROOT / "tests").glob("*.py"))
-    ours = {path.stem for path in tests} | set(FILES) | set(sys.stdlib_module_names)
+    ours = {path.stem for path in (ROOT / "tests").rglob("*.py")} | set(FILES) | set(sys.stdlib_module_names)
     assert set().union(*map(names, tests)) - ours - COME_WITH_DATASETS <= needed
 
 
