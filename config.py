@@ -273,6 +273,7 @@ class GroupedCommand(click.Command):
     """A command whose --help has the headings of the settings, and to which a failing disk is the user's situation."""
 
     def invoke(self, ctx):
+        sys.stdout.reconfigure(errors="replace")  # a console that is not UTF-8 shows ? for what it cannot
         try:
             return super().invoke(ctx)
         except OSError as error:

@@ -123,7 +123,7 @@ def torture(steps, mounts=True, scratch=None):
                                         ("run, file size limit", scene.training, folder / "out_after")):
                 largest = max(path.stat().st_size for path in files.iterdir())
                 place.mkdir()
-                note(what, method(place, (limit_files, int(largest * 1.05 * (step / steps) ** 2))))
+                note(what, method(place, (limit_files, 16 + int(largest * 1.05 * (step / steps) ** 2))))
                 shutil.rmtree(place)
         if mounts and can_mount(folder):
             for step in range(steps):
