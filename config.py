@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import sys
 import re
 import time
 import types

@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
+# The server that forks our processes (below) looks here for what it imports first.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--intermediate-size", "32", "--block-size", "32",
         "--tokens-per-iter", "128", "--batch-size", "2", "--log-interval", "3", "--eval-tokens", "300",
