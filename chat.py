@@ -125,9 +125,10 @@ def load_writer(path, device, dtype):
         weight.data = weight.data.to(dtype)
     if device.type == "cpu":
         store_by_columns(model)
-    progress = contents.get("progress", {})
-    seen = f", iteration {progress['iter']:,}" if "iter" in progress else ""
-    loss = f", best validation loss {progress['best_val']:.4f}" if progress.get("best_val", math.inf) < math.inf else ""
+    progress = contents["progress"] if isinstance(contents.get("progress"), dict) else {}  # only said, not needed
+    it, best = progress.get("iter"), progress.get("best_val")
+    seen = f", iteration {it:,}" if type(it) is int else ""
+    loss = f", best validation loss {best:.4f}" if type(best) is float and best < math.inf else ""
     about = f"{path}: {model.count_parameters() / 1e6:.2f} M parameters{seen}{loss}; {device}, {str(dtype)[6:]}."
     return Writer(model, tokenizer, device, about)
 

@@ -177,6 +177,25 @@ def test_the_state_of_best_is_not_one_to_go_on_from(data, tmp_path):
     assert "lacks optimizer" in call(train, ["--resume", "--data-dir", data, "--out-dir", tmp_path], 1)
 
 
+@pytest.mark.parametrize("progress", [None, [], {"iter": "x", "best_val": None}, {"iter": math.nan, "best_val": "y"}])
+def test_chat_needs_no_progress(data, tmp_path, progress):
+    fit(data, tmp_path)
+    contents = torch.load(tmp_path / "best.pt", weights_only=True)
+    torch.save(contents | dict(progress=progress), tmp_path / "best.pt")
+    call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", tmp_path, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("byte", range(0, 256, 5))
+def test_a_tokenizer_with_a_wrong_byte_is_refused_or_read(data, byte):
+    model = bytearray((data / "tok300.model").read_bytes())
+    for at in (0, 1, 5, 20, 22, 40, len(model) // 2, len(model) - 1):
+        changed = bytes(model[:at]) + bytes([byte]) + bytes(model[at + 1:])
+        try:
+            preprocess.Tokenizer(changed)
+        except UserError as error:
+            assert "prepare the corpus again" in error.message
+
+
 def test_a_changed_number_in_meta_json_is_noticed(data, tmp_path):
     for name in ("meta.json", *(path.name for path in data.iterdir() if path.suffix in (".bin", ".model"))):
         (tmp_path / name).write_bytes((data / name).read_bytes())
