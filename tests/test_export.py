@@ -142,7 +142,8 @@ def test_transformers_generates_the_same_greedy_text(transformers, hf, runs, nam
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hf[name])
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf[name])
     prompt = tokenizer("Once upon a time", return_tensors="pt")
-    found = theirs.generate(**prompt, do_sample=False, max_new_tokens=100)[0, prompt.input_ids.shape[1]:].tolist()
+    found = theirs.generate(**prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=100)[
+        0, prompt.input_ids.shape[1]:].tolist()
     sample = SampleConfig(temperature=0.0, top_k=0, repetition_penalty=1.0, max_new_tokens=100)
     model, start = ours(runs, name), torch.tensor([[1] + pieces.encode("Once upon a time")])
     expected = [int(token) for token in model.generate(start, sample, eos_id=2)]
@@ -184,7 +185,8 @@ def test_begin_token_goes_in_front_and_a_literal_end_token_is_text(transformers,
 def test_generation_defaults_are_those_of_chat_and_fit_the_context(transformers, hf):
     values = transformers.GenerationConfig.from_pretrained(hf["llama"])
     sample = SampleConfig()
-    assert (values.temperature, values.top_k, values.do_sample) == (sample.temperature, sample.top_k, True)
+    assert (values.temperature, values.top_k, values.repetition_penalty, values.do_sample) == (
+        sample.temperature, sample.top_k, sample.repetition_penalty, True)
     assert values.max_new_tokens == 96 and values.eos_token_id == 2
 
 
