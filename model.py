@@ -47,7 +47,7 @@ def rotary_tables(block_size, head_size):
 
 
 def rotate(x, rope):
-    """Turn each pair (i, i + D/2) of the last dimension of x (..., T, D) by its position's angle, in the tables' float32."""
+    """Turn each pair (i, i + D/2) of the last dimension of x (..., T, D) by its position's angle, in float32."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([b, a], dim=-1) * sin).to(x.dtype)
@@ -87,7 +87,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope, cache):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        qkv = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, H, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None and cache is not None:
             q, k = rotate(torch.stack([q, k]), rope)  # the time of small tensors is in the number of operations
@@ -261,7 +262,7 @@ class DecodeStep:
 
     @staticmethod
     def make_key(model, batch_size, sample):
-        """Equal for two steps that are the same: a recorded one holds the weights' addresses and the sampler's settings."""
+        """Equal for two steps that are the same: a recorded one holds the weights' addresses and the settings."""
         weights = tuple((weight.data_ptr(), weight.dtype) for weight in (*model.parameters(), *model.buffers()))
         return batch_size, replace(sample, max_new_tokens=1, seed=None), weights
 
@@ -318,8 +319,9 @@ class DecodeStep:
 
 
 def take_step(model, batch_size, sample):
-    """The DecodeStep of a model for these settings, None where it cannot be recorded. It is the caller's alone until put
-    back, since two generations at once must not share a cache."""
+    """The DecodeStep of a model for these settings, None where it cannot be recorded.
+
+    It is the caller's alone until put back, since two generations at once must not share a cache."""
     step, model.decode_step = model.decode_step, None
     if not can_record(model):
         return None
@@ -401,7 +403,7 @@ def filter_logits(logits, seen, sample, eos_id):
 
 
 def choose_token(logits, seen, sample, eos_id, generator=None, noise=None):
-    """Draw the next token (B,) given logits (B, V) and the tokens so far, seen (B, S); temperature 0 takes the likeliest.
+    """Draw the next token (B,) from logits (B, V) after the tokens seen (B, S); temperature 0 takes the likeliest.
 
     `noise` (B, V): numbers uniform in [0, 1), drawn from the generator where they are not given.
     """
@@ -430,7 +432,7 @@ def save_checkpoint(path, model, tokenizer_bytes, **state):
 
 
 def read_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU; `tokenizer` as bytes. UserError says what is wrong with the file."""
+    """The dict that save_checkpoint wrote, on the CPU; `tokenizer` as bytes. UserError for any other file."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name another file.")
@@ -460,7 +462,7 @@ def first_line(error):
 
 
 def build_model(contents, where):
-    """The GPT of a checkpoint's contents, in evaluation mode. Nothing is allocated before every shape has been compared."""
+    """The GPT of a checkpoint's contents, in evaluation mode. Every shape is compared before memory is taken."""
     config = restore(GPTConfig, contents["model_config"], where)
     with torch.device("meta"):
         model = GPT(config)

@@ -264,7 +264,7 @@ def read_ring(stream, starts, length):
 
 
 def story_rows(stream, end, block_size):
-    """Starts and numbers of targets of rows that hold the stories before `end`, one a row, block_size targets at most."""
+    """Starts and numbers of targets (block_size at most) of rows that hold the stories before `end`, one a row."""
     starts = stream.story_starts()
     starts = starts[starts < end]
     targets = np.diff(starts, append=end) - 1  # the tokens after bos
@@ -437,7 +437,7 @@ class Progress:
 
 
 def accumulation_steps(config, block_size, batch_size):
-    """Micro-batches of each process in an iteration. UserError with the values that fit, where it is not a whole number."""
+    """Micro-batches of each process in an iteration; UserError with values that fit, if it is no whole number."""
     tokens = batch_size * block_size * world_size()
     steps, rest = divmod(config.tokens_per_iter, tokens)
     if steps and not rest:
@@ -530,7 +530,8 @@ class Log:
 
     def __init__(self, path, config, progress):
         self.path, self.config = path if rank() == 0 else None, config
-        self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None if rank() == 0 else True, dynamic_ncols=True, leave=False,
+        self.bar = tqdm(total=config.max_iters, initial=progress.iter, disable=None if rank() == 0 else True,
+                        dynamic_ncols=True, leave=False,
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {postfix}")
         self.started, self.started_at, self.last = None, progress.iter, replace(progress)
 
@@ -676,7 +677,7 @@ class Run:
                             "anew with --overwrite; its weights can still be used by chat.py.") from error
 
     def check_finite(self):
-        """A checkpoint that holds NaN must never replace a good one: the update after the last loss may have made it."""
+        """A checkpoint with NaN must never replace a good one: the update after the last loss may have made it."""
         moments = (value for member in self.optimizer.members for entry in member.state.values()
                    for value in entry.values())
         if not (all_finite(self.model.parameters()) and all_finite(moments)):
@@ -715,7 +716,7 @@ class Run:
         self.count = accumulation_steps(self.config, self.model.config.block_size, size)
 
     def halve_batch(self, log):
-        """After running out of memory: go on with half the micro-batch if it was ours to choose, else say what to type."""
+        """After running out of memory: halve the micro-batch if it was ours to choose, else say what to type."""
         sizes = [size for size in batch_sizes(self.config, self.model.config.block_size) if size < self.batch_size]
         if self.config.batch_size != "auto" or not sizes or world_size() > 1:
             smaller = f"--batch-size {sizes[-1]}" if sizes else "a shorter --block-size or --checkpoint-activations"
@@ -776,9 +777,10 @@ class Run:
         if not math.isfinite(result["val_loss"]):
             raise UserError(loss_advice(self, "the validation loss is no longer finite at iteration "
                                         f"{self.progress.iter}; these weights were not saved"))
-        line = f"iter {self.progress.iter}: validation loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits a byte"
-        if "floor" in result:
-            line += f", {100 * (result['val_loss'] / result['floor'] - 1):.1f}% above the floor of {result['floor']:.4f}"
+        loss, floor = result["val_loss"], result.get("floor")
+        line = f"iter {self.progress.iter}: validation loss {loss:.4f}, {result['val_bpb']:.4f} bits a byte"
+        if floor:
+            line += f", {100 * (loss / floor - 1):.1f}% above the floor of {floor:.4f}"
         log.say(line)
         if self.progress.iter and self.config.sample_tokens:
             log.say("  " + sample_story(self.model, self.corpus.tokenizer, self.config.sample_tokens,
@@ -797,13 +799,14 @@ def check_memory(model_config):
     with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if need > there:
-            raise UserError(f"a model of {need // 12:,} parameters needs {need / 2**30:,.0f} GiB to train, and this computer "
-                            f"has {there / 2**30:,.0f}: use a smaller --n-layer, --n-embd or --intermediate-size.")
+            raise UserError(f"a model of {need // 12:,} parameters needs {need / 2**30:,.0f} GiB to train, and this "
+                            f"computer has {there / 2**30:,.0f}: use a smaller --n-layer, --n-embd or --intermediate-size.")
 
 
 def worth_compiling(run, seconds_left):
     """auto compiles only where it can work, and where the run is long enough to win back the half minute it takes."""
-    return run.config.compile == "auto" and not run.compiled and seconds_left > COMPILE_WORTH_SECONDS and can_compile(run.device)
+    wanted = run.config.compile == "auto" and not run.compiled
+    return wanted and seconds_left > COMPILE_WORTH_SECONDS and can_compile(run.device)
 
 
 def can_compile(device):
@@ -990,7 +993,8 @@ def describe(run, log):
     epochs = tokens / len(stream)
     log.say(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({run.count} micro-batch"
             f"{'es' if run.count > 1 else ''} of {run.batch_size} x {model.block_size}), "
-            f"{tokens / 1e6:,.1f} M tokens in all, {epochs:.1f} epochs of the {len(stream) / 1e6:,.2f} M training tokens in {config.data_dir}.")
+            f"{tokens / 1e6:,.1f} M tokens in all, {epochs:.1f} epochs of the "
+            f"{len(stream) / 1e6:,.2f} M training tokens in {config.data_dir}.")
     if epochs > MANY_EPOCHS:
         enough = max(1, round(MANY_EPOCHS * len(stream) / config.tokens_per_iter))
         log.say(f"Warning: past about {MANY_EPOCHS} epochs a model learns its stories by heart. Prepare more of them "
@@ -1016,7 +1020,8 @@ def begin_folder(run, log, overwrite):
 
 
 @click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="settings by purpose; the defaults below are those of rtx3050")
+@click.option("--preset", type=click.Choice(list(PRESETS)),
+              help="settings by purpose; the defaults below are those of rtx3050")
 @click.option("--resume", is_flag=True, help="go on with the run in --out-dir")
 @click.option("--init-from", type=click.Path(path_type=Path), metavar="FILE",
               help="begin with the weights of a checkpoint, on text prepared with its tokenizer (preprocess.py "
