@@ -482,7 +482,7 @@ def build_model(contents, where):
 def store_by_columns(model):
     """Turn the blocks' matrices over in memory, for generation on a CPU: one row times such a matrix reads it in order.
 
-    Measured: a fifth more tokens a second, the same tokens.
+    Measured: 6 to 21% more tokens a second, the same tokens.
     """
     for weight in model.blocks.parameters():
         if weight.dim() == 2:
