@@ -1,4 +1,4 @@
-"""Nothing lost, nothing wrong in silence, no one let in: short forms of tests/torture, and conditions of other systems."""
+"""Nothing lost, nothing wrong in silence, no one let in: short forms of tests/torture, and other systems."""
 
 import ast
 import json
@@ -79,7 +79,8 @@ def test_a_full_disk_harms_nothing_and_says_so(tmp_path):
 
 # One run, one owner
 
-HOLD = "import sys; from config import sole_owner\nwith sole_owner(sys.argv[1], 'x'): print('held', flush=True); input()"
+HOLD = "import sys; from config import sole_owner\n" \
+       "with sole_owner(sys.argv[1], 'x'): print('held', flush=True); input()"
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -158,7 +159,8 @@ def test_lines_of_the_log_that_are_none_are_left_out_aloud(data, tmp_path):
     lambda c: c["progress"].update(iter="4"), lambda c: c["progress"].update(best_val=math.nan),
     lambda c: c["progress"].update(new=1), lambda c: c["optimizer"][0]["state"][0].update(momentum=torch.zeros(2, 2)),
     lambda c: c["optimizer"][1]["state"].pop(0), lambda c: c["optimizer"][1]["state"][0]["exp_avg"].fill_(math.inf),
-    lambda c: c["optimizer"][0].pop("state"), lambda c: c.update(scaler=None), lambda c: c.update(train_config={"seed": "x"})])
+    lambda c: c["optimizer"][0].pop("state"), lambda c: c.update(scaler=None),
+    lambda c: c.update(train_config={"seed": "x"})])
 def test_a_damaged_training_state_ends_in_a_line_and_the_file_stays(data, tmp_path, spoil):
     fit(data, tmp_path)
     path = tmp_path / "ckpt.pt"
@@ -206,7 +208,8 @@ def test_a_changed_number_in_meta_json_is_noticed(data, tmp_path):
         preprocess.open_corpus(tmp_path)
 
 
-@pytest.mark.parametrize("place", [("train",), ("train", 0), ("train", 0, "file"), ("tokenizer",), ("arguments",), ("source",)])
+@pytest.mark.parametrize("place", [("train",), ("train", 0), ("train", 0, "file"), ("tokenizer",), ("arguments",),
+                                   ("source",)])
 @pytest.mark.parametrize("value", [None, 3, [], {}, "../../x"])
 def test_meta_json_with_other_types_is_refused(data, tmp_path, place, value):
     meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
@@ -223,7 +226,8 @@ def test_meta_json_with_other_types_is_refused(data, tmp_path, place, value):
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(data, tmp_path):
-    output = fit(data, tmp_path, "--n-layer", 256, "--n-embd", 16384, "--n-head", 64, "--intermediate-size", 65536, code=1)
+    huge = ["--n-layer", 256, "--n-embd", 16384, "--n-head", 64, "--intermediate-size", 65536]
+    output = fit(data, tmp_path, *huge, code=1)
     assert "parameters needs" in output and not (tmp_path / "ckpt.pt").exists()
 
 
@@ -260,7 +264,8 @@ def test_an_infinite_gradient_without_a_scaler_changes_nothing():
     settings = train.TrainConfig()
     device = torch.device("cpu")
     with pytest.raises(train.LossNotFinite):
-        train.train_step(forward, model, [(torch.ones(1, 2), None)], 1, train.Optimizers(torch.optim.SGD(model.parameters(), 1.0)),
+        optimizer = train.Optimizers(torch.optim.SGD(model.parameters(), 1.0))
+        train.train_step(forward, model, [(torch.ones(1, 2), None)], 1, optimizer,
                          train.make_scaler(device, torch.float32), settings, device, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -268,7 +273,8 @@ def test_an_infinite_gradient_without_a_scaler_changes_nothing():
 @pytest.mark.parametrize("flags", [["--muon-learning-rate", 10, "--embedding-learning-rate", 10],
                                    ["--optimizer", "adamw", "--learning-rate", 10, "--grad-clip", 0]])
 def test_a_learning_rate_that_explodes_leaves_checkpoints_that_load(data, tmp_path, flags):
-    result = CliRunner().invoke(train.main, [str(w) for w in [*RUN, 30, "--data-dir", data, "--out-dir", tmp_path, *flags]])
+    command = [*RUN, 30, "--data-dir", data, "--out-dir", tmp_path, *flags]
+    result = CliRunner().invoke(train.main, list(map(str, command)))
     assert result.exit_code == 0 or "Train again with a lower rate" in result.output
     for path in tmp_path.glob("*.pt"):
         build_model(read_checkpoint(path), path)

@@ -1,4 +1,4 @@
-"""What the torture scripts share: real processes that start at once, a tiny corpus, a tiny run, and what must be equal."""
+"""What the torture scripts share: real processes, a tiny corpus, a tiny run, and what must be equal."""
 
 import json
 import multiprocessing

@@ -1,10 +1,10 @@
-"""Feed every command files that are damaged, foreign or hostile: it says so in a line, or the damage makes no difference.
+"""Feed every command files that are damaged, foreign or hostile: it says so in a line, or they make no difference.
 
     python tests/torture/corrupt.py --cases 2000
 
 Each case spoils one file of a prepared corpus, a run, a half-finished preparation or a data set: cut, flipped, swapped,
-emptied, made a directory, replaced by a pickle that would run code, by another shape or format, by wrong types. The real
-commands run in the same process through click's CliRunner, two workers beside each other, with an alarm after 30 s.
+emptied, made a directory, replaced by a pickle that would run code, by another shape or format, by wrong types. The
+real commands run in the same process through click's CliRunner, two workers beside each other, with an alarm after 30 s.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def flip_bit(path, rng, scene):
 
 def flip_byte(path, rng, scene):
     data = bytearray(path.read_bytes())
-    data[rng.choice([rng.randrange(len(data)), rng.randrange(min(200, len(data))), -1 - rng.randrange(min(400, len(data)))])] = (
-        rng.randrange(256))
+    anywhere, begin, end = (rng.randrange(min(most, len(data))) for most in (len(data), 200, 400))
+    data[rng.choice([anywhere, begin, -1 - end])] = rng.randrange(256)
     path.write_bytes(data)
 
 
@@ -107,8 +107,8 @@ def foreign(path, rng, scene):
 
 
 ANY_FILE = [cut, cut, flip_bit, flip_bit, flip_byte, zero_block, append, directory, noise, gone, hostile, foreign]
-STRANGE = [None, True, -1, 0, 1.5, "", "text", [], {}, [1], {"a": 1}, 10**30, float("inf"), float("nan"), "../../x", "\udcff\u0000",
-           [[[]]], 2**63]
+STRANGE = [None, True, -1, 0, 1.5, "", "text", [], {}, [1], {"a": 1}, 10**30, float("inf"), float("nan"), "../../x",
+           "\udcff\u0000", [[[]]], 2**63]
 
 
 def leaves(value, at=()):
@@ -137,7 +137,7 @@ def replaced(value, rng):
 
 
 def strange_json(path, rng, scene):
-    """Another type somewhere in a JSON file; where the file carries a digest of itself, that is made to fit a new value."""
+    """Another type somewhere in a JSON file; a digest that the file carries is made to fit a new value."""
     lines = path.suffix == ".jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if lines else None
     value = rows or json.loads(path.read_text(encoding="utf-8"))
@@ -150,8 +150,9 @@ def strange_json(path, rng, scene):
 
 
 def broken_json(path, rng, scene):
-    path.write_text(rng.choice(["", "[", "[]", "{}", "null", "1", '"x"', "[" * 100_000, '{"a": ' * 50_000, "NaN", "1e999",
-                                '{"format": 1}', "\ufeff{}", "9" * 5000]), encoding="utf-8")
+    texts = ["", "[", "[]", "{}", "null", "1", '"x"', "[" * 100_000, '{"a": ' * 50_000, "NaN", "1e999", '{"format": 1}',
+             "\ufeff{}", "9" * 5000]
+    path.write_text(rng.choice(texts), encoding="utf-8")
 
 
 def strange_checkpoint(path, rng, scene):
@@ -169,7 +170,8 @@ def strange_checkpoint(path, rng, scene):
     kind = rng.randrange(4)
     before = place[key]
     if isinstance(before, torch.Tensor) and kind < 2:
-        place[key] = rng.choice([before.double(), before.flatten()[:-1], torch.full_like(before, -1).float() * float("nan"),
+        place[key] = rng.choice([before.double(), before.flatten()[:-1], torch.full_like(before, float("nan")) if (
+            before.is_floating_point()) else before.float() * float("nan"),
                                  before[None], torch.zeros(0), torch.zeros(3, dtype=torch.int64)])
     elif kind == 2 and not isinstance(place, list) and place is not contents.get("train_config") and (
             place is not contents.get("model_config")):
@@ -232,7 +234,7 @@ class Scene:
     def __init__(self, master, place):
         self.master, self.place, self.other = master, place, master / "other"
         self.marker = place / "executed"
-        self.pool = [path for path in master.rglob("*") if path.is_file() and path.stat().st_size and path.name != "lock"]
+        self.pool = [path for path in master.rglob("*") if path.is_file() and path.stat().st_size]
         # Written for people: nothing reads them again, so what they say makes no difference.
         self.unread = {"preset"}
 
@@ -242,7 +244,7 @@ class Scene:
 
 
 def make_master(folder):
-    """One corpus, another, a finished run of each, a preparation stopped before its last step, data sets, references."""
+    """Two corpora, a finished run of each, a preparation stopped before its last step, and data sets."""
     log = folder.parent / "log"
 
     def must(script, arguments, prepare=None, code=0):
@@ -264,7 +266,8 @@ def make_master(folder):
     must("preprocess", preparation(write_tales(folder / "other.txt", 1000, seed=5), folder / "other"))
     must("preprocess", preparation(folder / "source.txt", folder / "half"), (stop_before_the_end,), code=1)
     must("train", [*RUN, "--max-iters", 4, "--data-dir", folder / "data", "--out-dir", folder / "out"])
-    must("train", [*RUN, "--max-iters", 2, "--n-embd", 32, "--data-dir", folder / "other", "--out-dir", folder / "out2"])
+    must("train", [*RUN, "--max-iters", 2, "--n-embd", 32, "--data-dir", folder / "other",
+                   "--out-dir", folder / "out2"])
 
 
 def stop_before_the_end():
@@ -341,13 +344,14 @@ FAMILIES = [
     # weight, files, mutations beside ANY_FILE, checks, which snapshot a refusal must leave alone
     (5, ["data/train_000.bin", "data/val_000.bin", "data/tok300.model", "data/meta.json"], [swapped_corpora],
      [check_training, check_preparing_again]),
-    (4, ["data/meta.json"], [strange_json, strange_json, strange_json, broken_json], [check_training, check_preparing_again]),
+    (4, ["data/meta.json"], [strange_json, strange_json, strange_json, broken_json],
+     [check_training, check_preparing_again]),
     (4, ["out/ckpt.pt"], [strange_checkpoint, strange_checkpoint, other_checkpoint, wrong_pickle], [check_resume]),
     (4, ["out/best.pt"], [strange_checkpoint, other_checkpoint, wrong_pickle], [check_chat]),
     (2, ["out/metrics.jsonl"], [strange_json, strange_json, broken_json], [check_plot, check_resume]),
     (2, ["out/config.json"], [strange_json, strange_json, broken_json], [check_plot, check_resume]),
-    (3, ["half/tokens.partial/plan.json", "half/text/text.json", "half/tokens.partial/tok300.model", "half/text/train_000.parquet",
-         "half/tokens.partial/train_001.bin"], [], [check_going_on]),
+    (3, ["half/tokens.partial/plan.json", "half/text/text.json", "half/tokens.partial/tok300.model",
+         "half/text/train_000.parquet", "half/tokens.partial/train_001.bin"], [], [check_going_on]),
     (2, ["half/tokens.partial/plan.json", "half/text/text.json"], [strange_json, broken_json], [check_going_on]),
     (4, ["sets/tales.txt", "sets/tales.jsonl", "sets/tales.json", "sets/tales.csv", "sets/tales.parquet"], [],
      [check_data_set]),
@@ -360,7 +364,7 @@ def alarm(*_):
 
 
 def torture(numbers, seed, master, place):
-    """Cases `numbers` in one worker: [(number, family, what was done, verdict, detail)]; verdict '' where all is well."""
+    """Cases `numbers` in one worker: [(number, file, what was done, verdict, detail)]."""
     signal.signal(signal.SIGALRM, alarm)
     scene, results = Scene(master, place), []
     references = {}
@@ -453,7 +457,8 @@ def main():
     clock = Clock()
     count, _ = all_cases(options.cases, options.seed, verbose=True)
     rows = {"files spoiled": count["cases"], "commands refused in one line": count["refused"],
-            "commands that the damage made no difference to": count["no difference"], "forged with fitting checksums, and taken": count["forged"], "seconds": round(clock())}
+            "commands that the damage made no difference to": count["no difference"],
+            "forged with fitting checksums, and taken": count["forged"], "seconds": round(clock())}
     sys.exit(table(rows | {f"!{verdict}": count[verdict] for verdict in BAD}))
 
 

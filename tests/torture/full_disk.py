@@ -133,7 +133,8 @@ def torture(steps, mounts=True, scratch=None):
                     size = used + 8192 + int(5 * used * (step / steps) ** 2)
                     with Disk(place, size) as disk:
                         note(what, method(place, room=disk.grow))
-            for what, method in (("corpus, read-only disk", scene.preparation), ("run, read-only disk", scene.training)):
+            for what, method in (("corpus, read-only disk", scene.preparation),
+                                 ("run, read-only disk", scene.training)):
                 with Disk(place, 2**26) as disk:
                     note(what, method(place, (disk.read_only,), disk.grow))
         else:
@@ -148,7 +149,8 @@ class Disk:
         self.place, self.size = place, size
 
     def mount(self, options):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.place)], check=True, capture_output=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.place)]
+        subprocess.run(command, check=True, capture_output=True)
 
     def __enter__(self):
         self.place.mkdir()

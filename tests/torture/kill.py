@@ -72,7 +72,8 @@ def undisturbed(folder):
     for kind in (".txt", ".jsonl"):
         clock = Clock()
         log = folder / "log"
-        assert run("preprocess", preparation(write_tales(folder / f"tales{kind}"), folder / f"data{kind}"), log) == 0, read(log)
+        command = preparation(write_tales(folder / f"tales{kind}"), folder / f"data{kind}")
+        assert run("preprocess", command, log) == 0, read(log)
         seconds["preparation"] = clock()
     clock = Clock()
     assert run("train", [*RUN, "--data-dir", folder / "data.txt", "--out-dir", folder / "out"], log) == 0, read(log)
@@ -153,7 +154,8 @@ def torture(times, others, seed=0, scratch=None, verbose=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=200, help="how often to send SIGKILL")
-    parser.add_argument("--others", type=int, default=60, help="how often to send Ctrl-C, SIGTERM, SIGSTOP with SIGCONT")
+    parser.add_argument("--others", type=int, default=60,
+                        help="how often to send Ctrl-C, SIGTERM, SIGSTOP with SIGCONT")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     clock = Clock()
