@@ -195,7 +195,7 @@ def test_every_option_that_the_readme_mentions_exists():
     ours = {option for name in COMMANDS for _, command in leaves(main_of(name), []) for parameter in command.params
             for option in parameter.opts + parameter.secondary_opts} | {"--help"}
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*/*.py"))
-    ours |= set(re.findall(r'option\("(--[a-z-]+)', benchmarks))
+    ours |= set(re.findall(r'(?:option|argument)\("(--[a-z-]+)', benchmarks))
     mentioned = {option.replace("_", "-") for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
     assert mentioned <= ours | theirs
 

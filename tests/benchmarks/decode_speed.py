@@ -120,22 +120,25 @@ def startup(checkpoint, device, repeats):
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
               help="stories at once; may be given several times")
 @click.option("--max-new-tokens", type=click.IntRange(2), default=200, show_default=True, help="length of a story")
+@click.option("--repetition-penalty", "penalty", type=float, default=1.0, show_default=True, help="chat's is 1.1")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="runs whose median is shown")
 @click.option("--threads", type=click.IntRange(1), help="threads on the CPU; torch's choice if not given")
 @click.option("--startup/--no-startup", "with_startup", default=True, help="time the start of chat.py too")
 @click.option("--profile", is_flag=True, help="also print what the device does in 50 steps")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the figures to this file")
-def main(checkpoint, preset, device, dtype, batches, max_new_tokens, repeats, threads, with_startup, profile, json_path):
+def main(checkpoint, preset, device, dtype, batches, max_new_tokens, penalty, repeats, threads, with_startup, profile,
+         json_path):
     """Measure how fast the model writes."""
     if threads:
         torch.set_num_threads(threads)
     device = model.choose_device(device)
     dtype = model.choose_dtype(dtype, device)
-    net, sample = load(checkpoint, preset, device, dtype), SampleConfig(max_new_tokens=max_new_tokens)
+    net = load(checkpoint, preset, device, dtype)
+    sample = SampleConfig(max_new_tokens=max_new_tokens, repetition_penalty=penalty)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}{threads}"
     print(f"{net.count_parameters() / 1e6:.2f} M parameters, {str(dtype)[6:]}, {name}, torch {torch.__version__}; "
-          f"median of {repeats} runs of {max_new_tokens} tokens, sampling as by default")
+          f"median of {repeats} runs of {max_new_tokens} tokens, default sampling with a repetition penalty of {penalty:g}")
     common.print_row(["", "tokens/s", "slowest", "fastest", "first token ms", "when new ms"], WIDTHS)
     rows = []
 
@@ -153,7 +156,7 @@ def main(checkpoint, preset, device, dtype, batches, max_new_tokens, repeats, th
             add(recorded, batch_size, min(16, net.config.block_size), sample, "")
     long_prompt = min(200, net.config.block_size)
     for recorded in paths:
-        add(recorded, 1, long_prompt, SampleConfig(max_new_tokens=20), f", prompt of {long_prompt}")
+        add(recorded, 1, long_prompt, SampleConfig(max_new_tokens=20, repetition_penalty=penalty), f", prompt of {long_prompt}")
     if profile:
         for batch_size in batches:
             print(f"\nbatch {batch_size}:\n{kernel_times(net, batch_size, sample)}")

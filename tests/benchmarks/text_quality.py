@@ -20,15 +20,16 @@ from config import SampleConfig, UserError
 from model import IGNORE
 from preprocess import open_corpus, parse
 
+UNPENALIZED = dict(repetition_penalty=1.0)
 SETTINGS = {
-    "greedy": dict(temperature=0.0),
+    "greedy": dict(temperature=0.0, **UNPENALIZED),
+    "unpenalized": UNPENALIZED,
     "defaults": {},
-    "temperature 1": dict(temperature=1.0, top_k=0),
-    "top-p": dict(temperature=0.8, top_k=0, top_p=0.95),
-    "min-p": dict(temperature=1.0, top_k=0, min_p=0.05),
-    "repetition": dict(repetition_penalty=1.1),
-    "dry": dict(dry_multiplier=0.8),
-    "greedy dry": dict(temperature=0.0, dry_multiplier=0.8),
+    "temperature 1": dict(temperature=1.0, top_k=0, **UNPENALIZED),
+    "top-p": dict(temperature=0.8, top_k=0, top_p=0.95, **UNPENALIZED),
+    "min-p": dict(temperature=1.0, top_k=0, min_p=0.05, **UNPENALIZED),
+    "dry": dict(dry_multiplier=0.8, **UNPENALIZED),
+    "greedy dry": dict(temperature=0.0, dry_multiplier=0.8, **UNPENALIZED),
 }
 # (row of the table, how a number is shown)
 ROWS = {
