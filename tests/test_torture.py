@@ -23,7 +23,7 @@ from config import UserError, sole_owner
 from model import build_model, read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
-import common  # noqa: E402
+import harness  # noqa: E402
 import corrupt  # noqa: E402
 import full_disk  # noqa: E402
 import kill  # noqa: E402
@@ -31,13 +31,13 @@ import save_storm  # noqa: E402
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and limits of Unix")
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")
-RUN = [*common.TINY, "--compile", "off", "--eval-interval", "2", "--max-iters"]
+RUN = [*harness.TINY, "--compile", "off", "--eval-interval", "2", "--max-iters"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torture")
-    call(preprocess, common.preparation(common.write_tales(folder / "tales.txt"), folder / "data"))
+    call(preprocess, harness.preparation(harness.write_tales(folder / "tales.txt"), folder / "data"))
     return folder / "data"
 
 
@@ -91,7 +91,7 @@ def test_a_folder_has_one_owner_until_that_process_ends_however_it_ends(data, tm
         assert f"another process is at work in {tmp_path}" in fit(data, tmp_path, code=1)
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
         assert "another process" in call(train, ["--resume", "--out-dir", tmp_path], 1)
-        assert "another process" in call(preprocess, common.preparation(data.parent / "tales.txt", tmp_path), 1)
+        assert "another process" in call(preprocess, harness.preparation(data.parent / "tales.txt", tmp_path), 1)
         other.kill() if killed else other.communicate(b"\n")
     fit(data, tmp_path)
     assert (tmp_path / "lock").stat().st_size == 0
@@ -131,9 +131,9 @@ def test_on_windows_the_lock_is_a_byte_of_the_file(tmp_path, monkeypatch):
 
 def test_overwriting_with_flags_that_are_refused_leaves_the_old_run(data, tmp_path):
     fit(data, tmp_path)
-    before = common.snapshot(tmp_path)
+    before = harness.snapshot(tmp_path)
     fit(data, tmp_path, "--overwrite", "--batch-size", 3, code=1)
-    assert common.snapshot(tmp_path) == before
+    assert harness.snapshot(tmp_path) == before
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_the_same_command(data, tmp_path):
@@ -167,10 +167,10 @@ def test_a_damaged_training_state_ends_in_a_line_and_the_file_stays(data, tmp_pa
     contents = torch.load(path, weights_only=True)
     spoil(contents)
     torch.save(contents, path)
-    before = common.snapshot(tmp_path)
+    before = harness.snapshot(tmp_path)
     output = call(train, ["--resume", "--max-iters", 5, "--data-dir", data, "--out-dir", tmp_path], 1)
     assert output.count("Error: ") == 1 and "ckpt.pt" in output
-    assert common.snapshot(tmp_path) == before
+    assert harness.snapshot(tmp_path) == before
 
 
 def test_the_state_of_best_is_not_one_to_go_on_from(data, tmp_path):
@@ -285,7 +285,7 @@ def test_a_learning_rate_that_explodes_leaves_checkpoints_that_load(data, tmp_pa
 def test_folders_with_spaces_and_letters_of_other_scripts(tmp_path):
     place = tmp_path / "Großmutter's Märchen 故事"
     place.mkdir()
-    call(preprocess, common.preparation(common.write_tales(place / "tal es é.txt"), place / "da ta"))
+    call(preprocess, harness.preparation(harness.write_tales(place / "tal es é.txt"), place / "da ta"))
     fit(place / "da ta", place / "aus gabe")
     call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", place / "aus gabe", "--device", "cpu"])
     assert "Wrote" in call(plot_loss, [place / "aus gabe"])
@@ -297,8 +297,8 @@ def test_a_console_that_is_not_utf8_stops_nothing(tmp_path, encoding):
     place.mkdir()
     environment = {key: value for key, value in ENVIRONMENT.items() if key not in ("TMPDIR", "LC_ALL", "LANG")}
     environment |= dict(PYTHONIOENCODING=encoding, PYTHONUTF8="0", TMPDIR=str(tmp_path / "not there"))
-    source = common.write_tales(place / "tales.txt")
-    for script, arguments in [("preprocess", common.preparation(source, place / "data")),
+    source = harness.write_tales(place / "tales.txt")
+    for script, arguments in [("preprocess", harness.preparation(source, place / "data")),
                               ("train", [*RUN, 2, "--data-dir", place / "data", "--out-dir", place / "out"]),
                               ("chat", ["--prompt", "é", "--max-new-tokens", 3, "--out-dir", place / "out"]),
                               ("plot_loss", [place / "out"])]:

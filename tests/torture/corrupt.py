@@ -22,7 +22,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from common import TINY, Clock, prepared, preparation, processes, read, run, same, snapshot, table, write_tales
+from harness import TINY, Clock, prepared, preparation, processes, read, run, same, snapshot, table, write_tales
 
 RUN = [*TINY, "--compile", "off", "--eval-interval", "2", "--final-eval-tokens", "300"]
 SECONDS = 30

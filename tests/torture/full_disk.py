@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from common import TINY, Clock, differences, metrics, preparation, prepared, read, run, snapshot, table, write_tales
+from harness import TINY, Clock, differences, metrics, preparation, prepared, read, run, snapshot, table, write_tales
 
 RUN = [*TINY, "--compile", "off", "--eval-interval", "2", "--save-minutes", "1e-9", "--max-iters"]
 

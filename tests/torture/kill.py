@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import TINY, Clock, differences, leftovers, prepared, preparation, read, run, start, table, write_tales
+from harness import TINY, Clock, differences, leftovers, prepared, preparation, read, run, start, table, write_tales
 
 # A save after every iteration; an evaluation, with best.pt, after every third.
 RUN = [*TINY, "--max-iters", "12", "--eval-interval", "3", "--save-minutes", "1e-9", "--compile", "off"]

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import TINY, Clock, preparation, processes, read, run, start, table, write_tales
+from harness import TINY, Clock, preparation, processes, read, run, start, table, write_tales
 
 
 def read_chat(out):

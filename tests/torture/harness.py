@@ -24,7 +24,7 @@ TIMING = {"seconds", "tokens_per_second"}
 # Importing torch takes seconds. A server imports it once, and each process of ours is a fresh fork of that server.
 if "forkserver" in multiprocessing.get_all_start_methods():
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["common", "warm"])
+    processes.set_forkserver_preload(["harness", "warm"])
 else:
     processes = multiprocessing.get_context("spawn")
 
