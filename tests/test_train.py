@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -499,19 +498,6 @@ def test_two_processes_learn_the_same_as_one(data, tmp_path):
         assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in ("train_loss", "val_loss") if key in a)
     resume(data, tmp_path / "two", "--max-iters", "24")
     assert metrics(tmp_path / "two")[-1]["iter"] == 24, "one process goes on where two stopped"
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes under /proc")
-def test_a_signal_to_any_process_ends_all_of_them_with_a_save(data, tmp_path):
-    flags = [*FOUR, "--max-iters", "100000", "--eval-interval", "50", "--data-dir", str(data), "--out-dir", str(tmp_path)]
-    with subprocess.Popen([*TORCHRUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          encoding="utf-8", env=ONE_THREAD) as parent:
-        wait_for_line(parent, "iter 50: validation")
-        children = (Path("/proc") / str(parent.pid) / "task" / str(parent.pid) / "children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGTERM)
-        output = parent.stdout.read()
-    at = int(re.search(r"Stopped and saved at iteration (\d+)", output)[1])
-    assert read_checkpoint(tmp_path / "ckpt.pt")["progress"]["iter"] == at >= 50
 
 
 def test_best_is_the_checkpoint_of_the_lowest_validation_loss_and_never_an_untrained_one(data, tmp_path, corpus):
