@@ -30,15 +30,6 @@ ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")
 LONG = 100_000  # tokens: a reply that lasts until something stops it
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost such a small network far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     model = io.BytesIO()

@@ -22,15 +22,6 @@ both_positions = pytest.mark.parametrize("position", ["learned", "rotary"])
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices as small as these, threads cost more than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def awake(config, seed=0):
     """A GPT with every weight random, in evaluation mode.
 

@@ -31,14 +31,6 @@ RUSSIAN = ("жила была кошка и она любила играть с 
 CHINESE = "从前有一只小猫它喜欢在山上玩红色的球大狗跑回家了妈妈说你好孩子们都笑起来太阳出来天空很蓝"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(script, *arguments, code=0):
     """The output of a command, which ends with `code` and in words, never in a traceback."""
     result = CliRunner().invoke(script.main, [str(argument) for argument in arguments])

@@ -74,15 +74,6 @@ def slow_min_p(row, min_p):
     return {i for i, chance in enumerate(chances) if chance >= min_p * max(chances)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost such small tensors far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # The penalties.
 
 @CASES

@@ -34,14 +34,6 @@ ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
 TIMING = {"seconds", "tokens_per_second"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A prepared corpus: a few hundred stories of the built-in grammar."""
@@ -129,6 +121,7 @@ def test_batched_muon_equals_one_plain_matrix_after_the_other():
             weight.grad = torch.randn(weight.shape, generator=generator)
             for i, gradient in enumerate(weight.grad.chunk(len(group))):
                 group[i], past[i] = muon_by_hand(group[i], gradient, past[i], 0.1, 0.3)
+        optimizer.found_inf = torch.zeros(())
         optimizer.step()
         for weight, group in zip(weights, pieces, strict=True):
             assert torch.allclose(weight, torch.cat(group), atol=1e-5)
@@ -284,7 +277,7 @@ def gradients_after(batches):
     torch.manual_seed(0)
     model = GPT(TINY)
     caught = SimpleNamespace(param_groups=[dict(params=list(model.parameters()))], zero_grad=lambda: None,
-                             step=lambda: None)
+                             step=lambda found_inf: None)
     losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught,
                                        make_scaler(CPU, torch.float32), TrainConfig(grad_clip=0.0), CPU, torch.float32)
     return [weight.grad for weight in model.parameters()], losses
@@ -321,18 +314,30 @@ def test_gradients_are_unscaled_before_they_are_clipped():
     assert torch.allclose(norms[0][2], norms[1][2], atol=1e-6)
 
 
-def test_an_infinite_gradient_skips_muon_and_adamw_together_and_is_counted():
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_infinite_gradient_leaves_weights_and_moments_as_they_were_and_is_counted(name):
     torch.manual_seed(0)
-    model = GPT(TINY)
-    before = [weight.detach().clone() for weight in model.parameters()]
+    model, config = GPT(TINY), TrainConfig(optimizer=name)
     rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)  # one of AdamW's alone
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    _, norm, skipped = train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1,
-                                  make_optimizer(model, TrainConfig(optimizer="muon")), scaler, TrainConfig(), CPU,
-                                  torch.float32)
+    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def step():
+        return train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, optimizer, scaler, config, CPU,
+                          torch.float32)
+
+    def learned():
+        moments = [value for member in optimizer.members for entry in member.state.values() for value in entry.values()]
+        return [value.detach().clone() for value in (*model.parameters(), *moments)]
+
+    before = learned()
+    assert not step()[2] and any(not torch.equal(a, b) for a, b in zip(before, learned()))
+    before = learned()
+    model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)  # where muon is used, one of AdamW's alone
+    _, norm, skipped = step()
     assert skipped and not math.isfinite(norm) and scaler.get_scale() == 1.0
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, learned(), strict=True))
+    model.ln_f.weight._backward_hooks.clear()
+    assert not step()[2] and not torch.equal(before[0], learned()[0])
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
