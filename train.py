@@ -54,17 +54,19 @@ def orthogonalize(x):
     return x
 
 
-def muon_update(gradient, momentum, decay, dtype):
-    """The step for a batch of matrices (N, rows, cols), which also moves their momentum on (Nesterov)."""
-    momentum.lerp_(gradient, 1 - decay)
-    return orthogonalize(gradient.lerp(momentum, decay).to(dtype)).to(gradient.dtype)
+def muon_update(gradient, momentum, decay, ok, dtype):
+    """The step for a batch of matrices (N, rows, cols), which also moves their momentum on (Nesterov); none if ok is 0."""
+    gradient = gradient.where(ok > 0, 0.0)  # infinity times 0 is not a number
+    momentum.lerp_(gradient, (1 - decay) * ok)
+    return ok * orthogonalize(gradient.lerp(momentum, decay).to(dtype)).to(gradient.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, for matrices (Jordan et al. 2024). The matrices of a group are treated in one batch.
 
     Weights come as (weight, parts): a fused one (queries, keys, values; gate, up) counts as its parts. A group holds
-    one shape, tall ones lying on their side; that takes a quarter of the time of one matrix after the other.
+    one shape, tall ones lying on their side; that takes a quarter of the time of one matrix after the other. Where
+    `found_inf` is 1, a step changes nothing: on the device, so that nobody waits for it (as in torch's fused AdamW).
     """
 
     def __init__(self, weights, lr, weight_decay, momentum=0.95):
@@ -79,6 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        ok = 1 - self.found_inf
         for group in self.param_groups:
             weights, counts = group["params"], group["parts"]
             lying = [turned(weight.grad, parts) for weight, parts in zip(weights, counts, strict=True)]
@@ -88,9 +91,9 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(gradient)
             # bfloat16 keeps float32's range, which the iteration needs; float16 does not.
             fast = gradient.is_cuda and torch.cuda.get_device_capability(gradient.device)[0] >= 8
-            update = self.update(gradient, state["momentum"], group["momentum"],
+            update = self.update(gradient, state["momentum"], group["momentum"], ok,
                                  torch.bfloat16 if fast else torch.float32)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - ok * (group["lr"] * group["weight_decay"]))
             for weight, parts, part in zip(weights, counts, update.split(counts), strict=True):
                 rows, cols = weight.shape[0] // parts, weight.shape[1]
                 part = part.mT if rows > cols else part
@@ -104,7 +107,7 @@ def turned(matrix, parts):
 
 
 class Optimizers:
-    """Several optimizers that step as one, so that a GradScaler finds an infinite gradient for all of them or none."""
+    """Several optimizers that step as one: an infinite gradient stops all of them or none."""
 
     def __init__(self, *members):
         self.members = members
@@ -115,8 +118,10 @@ class Optimizers:
     def param_groups(self):
         return [group for member in self.members for group in member.param_groups]
 
-    def step(self):
+    def step(self, found_inf):
+        """One update, or none where the tensor found_inf () is 1. Nobody waits for its value."""
         for member in self.members:
+            member.found_inf = found_inf  # where GradScaler.step leaves it for torch's fused optimizers
             member.step()
 
     def zero_grad(self):
@@ -174,7 +179,7 @@ def make_optimizer(model, config):
     adamw = torch.optim.AdamW(
         [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
         lr=config.embedding_learning_rate if use_muon else config.learning_rate, betas=(config.beta1, config.beta2),
-        fused=next(model.parameters()).is_cuda)
+        fused=True)
     if not use_muon:
         return Optimizers(adamw)
     return Optimizers(Muon(muon, config.muon_learning_rate, config.weight_decay), adamw)
@@ -395,7 +400,8 @@ class LossNotFinite(Exception):
 def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
     """One optimizer update over `count` micro-batches (x, y): (mean loss, gradient norm, was it skipped).
 
-    Raises LossNotFinite before anything is changed.
+    Where loss or gradient is not finite nothing changes: a GradScaler lowers its scale, without one it is LossNotFinite.
+    The update is queued before its outcome is known, so that the device need not wait for Python.
     """
     mean = torch.zeros((), device=device)
     for step, (x, y) in enumerate(batches, 1):
@@ -407,14 +413,26 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     mean = across(mean, dist.ReduceOp.SUM) / world_size()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    loss, norm = torch.stack([mean, norm]).tolist()  # the one wait for the device in an iteration
+    outcome = torch.stack([mean, norm])
+    found_inf = 1 - outcome.isfinite().all().float()
+    outcome = start_reading(outcome)
+    optimizer.step(found_inf)
+    scaler.update()
+    optimizer.zero_grad()
+    loss, norm = outcome()  # the one wait for the device in an iteration
     skipped = scaler.is_enabled() and not math.isfinite(norm)
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
         raise LossNotFinite
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
     return loss, norm, skipped
+
+
+def start_reading(tensor):
+    """A function that returns the tensor's values. It waits for what was queued so far, not for what comes after."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy = tensor.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(tensor.device).record_event()
+    return lambda: arrived.synchronize() or copy.tolist()
 
 
 # A run: its settings, its log, its saves.
