@@ -28,6 +28,17 @@ class UserError(click.ClickException):
     """Something in the user's files, machine or flags. The message names it and ends with what to type next."""
 
 
+def first_line(error):
+    """What another library's error says first, short enough for a line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def cannot_write(path, error):
+    """The UserError for an OSError that a full or read-only disk gave while `path` was written."""
+    return UserError(f"cannot write {path}: {error.strerror or error}. "
+                     "Free some space or choose another folder, then run the same command again.")
+
+
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
     """Open a temporary file beside `path` that takes its place when the block ends well: `path` is never half written.
@@ -48,8 +59,7 @@ def replacing(path, mode="wb"):
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"cannot write {path}: {error.strerror or error}. "
-                        "Free some space or choose another folder, then run the same command again.") from error
+        raise cannot_write(path, error) from error
 
 
 def replace_file(source, target, seconds=10):

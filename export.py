@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import sentencepiece
 
-from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, replacing
+from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, cannot_write, replacing
 from model import NORM_EPS, ROPE_BASE, build_model, read_checkpoint, save_checkpoint
 
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
@@ -259,8 +259,7 @@ def staged(output):
                 os.replace(old, output)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}. "
-                        "Free some space or choose another folder, then run the same command again.") from error
+        raise cannot_write(output, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

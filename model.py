@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from config import GPTConfig, UserError, replacing, restore
+from config import GPTConfig, UserError, first_line, replacing, restore
 
 NORM_EPS = 1e-5  # written into exported configs; torch's default would be the dtype's machine epsilon
 ROPE_BASE = 10000.0
@@ -455,10 +455,6 @@ def read_checkpoint(path):
                         "update the program, or train again with `python train.py`.")
     contents["tokenizer"] = contents["tokenizer"].numpy().tobytes()
     return contents
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def build_model(contents, where):

@@ -30,7 +30,7 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from config import (COMMAND_LINE, CorpusConfig, GroupedCommand, UserError, pick, replace_file, replacing,
+from config import (COMMAND_LINE, CorpusConfig, GroupedCommand, UserError, first_line, pick, replace_file, replacing,
                     setting_options, sole_owner)
 
 FORMAT = 1                          # version of the files in the data folder
@@ -623,10 +623,6 @@ def import_datasets():
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     return datasets
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def dataset_splits(builder, config, where):
