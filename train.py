@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import preprocess
-from config import (COMMAND_LINE, PRESETS, GPTConfig, GroupedCommand, SampleConfig, TrainConfig, UserError, pick,
-                    replacing, restore, setting_options, sole_owner)
-from model import (GPT, IGNORE, autocast, build_model, choose_device, choose_dtype, cuda_hint, first_line,
-                   read_checkpoint, save_checkpoint)
+from config import (COMMAND_LINE, PRESETS, GPTConfig, GroupedCommand, SampleConfig, TrainConfig, UserError,
+                    first_line, pick, replacing, restore, setting_options, sole_owner)
+from model import (GPT, IGNORE, autocast, build_model, choose_device, choose_dtype, cuda_hint, read_checkpoint,
+                   save_checkpoint)
 
 # What may be given anew with --resume; anything else comes from the checkpoint.
 RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device", "compile", "checkpoint_activations",
@@ -942,8 +942,10 @@ def expected_memory(model_config, config, batch_size, dtype, compiled):
     stream += 2 * C * ((model_config.position == "rotary") + model_config.qk_norm)  # queries and keys once more
     mlp = model_config.intermediate_size * (2 if compiled else 4)  # gate, up; eager also keeps silu(gate), product
     per_layer = size * (stream + mlp) + (2 * C if model_config.dropout else 0)  # dropout keeps a mask of bytes
-    kept = (layers * size * C + per_layer) if config.checkpoint_activations else layers * per_layer
-    logits = V * (2 * size if compiled else size + 12)  # eager: half-precision scores and three float32 copies
+    logits = V * (2 * size if compiled else 12)  # eager: log-probabilities and two gradients of theirs, in float32
+    kept = layers * per_layer
+    if config.checkpoint_activations:  # a block's inside is there again only after the logits have gone
+        kept = layers * size * C + max(0, per_layer - logits)
     tokens = batch_size * model_config.block_size
     moments = 8 * weights - (4 * matrices if config.optimizer == "muon" else 0)
     return {"weights": 4 * weights, "gradients": 4 * weights, "optimizer": moments,
