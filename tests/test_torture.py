@@ -67,7 +67,7 @@ def test_readers_and_a_training_that_always_saves_never_meet_a_torn_file(tmp_pat
 
 @POSIX
 def test_damaged_files_end_in_a_line_or_make_no_difference(tmp_path):
-    count, bad = corrupt.all_cases(16, seed=7, workers=1, scratch=tmp_path)
+    count, bad = corrupt.all_cases(16, 2, seed=7, workers=1, scratch=tmp_path)
     assert not bad and count["refused"]
 
 

@@ -4,25 +4,27 @@
 
 Each case spoils one file of a prepared corpus, a run, a half-finished preparation or a data set: cut, flipped, swapped,
 emptied, made a directory, replaced by a pickle that would run code, by another shape or format, by wrong types. The
-real commands run in the same process through click's CliRunner, two workers beside each other, with an alarm after 30 s.
+real commands run in the same process through click's CliRunner, in two workers, with an alarm after 30 s. Some chosen
+cases run as a program of their own, for what only that shows: imports and exit statuses.
 """
 
 import argparse
 import io
-import itertools
 import json
 import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
-from harness import TINY, Clock, prepared, preparation, processes, read, run, same, snapshot, table, write_tales
+from harness import ROOT, TINY, Clock, prepared, preparation, processes, read, run, same, snapshot, table, write_tales
 
 RUN = [*TINY, "--compile", "off", "--eval-interval", "2", "--final-eval-tokens", "300"]
 SECONDS = 30
@@ -72,6 +74,14 @@ def zero_block(path, rng, scene):
     path.write_bytes(data)
 
 
+def empty(path, rng, scene):
+    path.write_bytes(b"")
+
+
+def halve(path, rng, scene):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
 def append(path, rng, scene):
     path.write_bytes(path.read_bytes() + rng.randbytes(rng.choice([1, 2, 100])))
 
@@ -89,10 +99,10 @@ def gone(path, rng, scene):
     path.unlink()
 
 
-def hostile(path, rng, scene):
+def hostile(path, rng, scene, kind=None):
     """A pickle that would run code: bare, in torch's zip, and in torch's older format."""
     import torch
-    payload, kind = Payload(scene.marker), rng.randrange(3)
+    payload, kind = Payload(scene.marker), rng.randrange(3) if kind is None else kind
     if kind == 0:
         path.write_bytes(pickle.dumps(payload))
     else:
@@ -149,10 +159,12 @@ def strange_json(path, rng, scene):
     path.write_text(text, encoding="utf-8")
 
 
-def broken_json(path, rng, scene):
-    texts = ["", "[", "[]", "{}", "null", "1", '"x"', "[" * 100_000, '{"a": ' * 50_000, "NaN", "1e999", '{"format": 1}',
-             "\ufeff{}", "9" * 5000]
-    path.write_text(rng.choice(texts), encoding="utf-8")
+BROKEN = ["", "[", "[]", "{}", "null", "1", '"x"', "[" * 100_000, '{"a": ' * 50_000, "NaN", "1e999", '{"format": 1}',
+          "\ufeff{}", "9" * 5000]
+
+
+def broken_json(path, rng, scene, text=None):
+    path.write_text(text or rng.choice(BROKEN), encoding="utf-8")
 
 
 def strange_checkpoint(path, rng, scene):
@@ -181,12 +193,12 @@ def strange_checkpoint(path, rng, scene):
     torch.save(contents, path)
 
 
-def other_checkpoint(path, rng, scene):
+def other_checkpoint(path, rng, scene, kind=None):
     """Another format, a shape that does not fit, or settings that ask for 10^12 parameters."""
     import torch
     contents = torch.load(path, weights_only=True)
     config, weights = contents["model_config"], contents["model"]
-    kind = rng.randrange(6)
+    kind = rng.randrange(6) if kind is None else kind
     if kind == 0:
         contents["format"] = rng.choice([0, 2, 99, -1])
     elif kind == 1:
@@ -231,8 +243,9 @@ def swapped_corpora(path, rng, scene):
 class Scene:
     """What the cases spoil, in a folder of one worker: a corpus, a run, a half-made preparation, data sets."""
 
-    def __init__(self, master, place):
-        self.master, self.place, self.other = master, place, master / "other"
+    def __init__(self, master, place, invoke):
+        """`invoke` is in_this_process or in_its_own."""
+        self.master, self.place, self.other, self.invoke = master, place, master / "other", invoke
         self.marker = place / "executed"
         self.pool = [path for path in master.rglob("*") if path.is_file() and path.stat().st_size]
         # Written for people: nothing reads them again, so what they say makes no difference.
@@ -241,6 +254,13 @@ class Scene:
     def fresh(self):
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self.master, self.place)
+
+    def spoil(self, name, mutation, rng):
+        """Begin anew and spoil one file; False where that changed nothing."""
+        self.fresh()
+        self.spoiled = self.place / name
+        mutation(self.spoiled, rng, self)
+        return not self.spoiled.is_file() or self.spoiled.read_bytes() != (self.master / name).read_bytes()
 
 
 def make_master(folder):
@@ -279,7 +299,7 @@ def stop_before_the_end():
     preprocess.finish = stop
 
 
-def invoke(script, arguments):
+def in_this_process(script, arguments):
     """(exit status, output, stdout); raises what the command did not handle."""
     from click.testing import CliRunner
     result = CliRunner().invoke(__import__(script).main, [str(word) for word in arguments])
@@ -288,66 +308,100 @@ def invoke(script, arguments):
     return result.exit_code, result.output, result.stdout
 
 
-# The families of cases: which files, what may happen to them, and the commands with what they must answer.
+def in_its_own(script, arguments):
+    """The same of `python SCRIPT ARGUMENTS`."""
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)], capture_output=True,
+                          encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
+    if "Traceback" in done.stderr or done.returncode not in (0, 1):
+        raise RuntimeError(f"exit {done.returncode}: {done.stderr}")
+    return done.returncode, done.stdout + done.stderr, done.stdout
+
+
+# The commands that read what was spoiled: (exit status, output, what came of it, None where nothing can be compared).
 
 def check_training(scene):
-    code, output, _ = invoke("train", [*RUN, "--max-iters", 1, "--data-dir", scene.place / "data", "--out-dir",
-                                       scene.place / "new"])
-    if code == 0:
-        from model import read_checkpoint
-        return code, output, read_checkpoint(scene.place / "new" / "ckpt.pt")
-    return code, output, None
+    return saved_by(scene, "new", *RUN, "--max-iters", 1)
 
 
-def check_preparing_again(scene):
-    code, output, _ = invoke("preprocess", preparation(scene.master / "source.txt", scene.place / "data"))
-    return code, output, code == 0 and prepared(scene.place / "data")
-
-
-def check_going_on(scene):
-    code, output, _ = invoke("preprocess", preparation(scene.master / "source.txt", scene.place / "half"))
-    return code, output, code == 0 and prepared(scene.place / "half")
-
-
-def check_chat(scene):
-    code, output, text = invoke("chat", ["--prompt", "Tale", "--seed", 1, "--max-new-tokens", 4, "--device", "cpu",
-                                         "--out-dir", scene.place / "out"])
-    return code, output, code == 0 and text
+def check_beginning_from(scene):
+    return saved_by(scene, "new", *RUN, "--max-iters", 1, "--init-from", scene.place / "out" / "best.pt")
 
 
 def check_resume(scene):
-    code, output, _ = invoke("train", ["--resume", "--max-iters", 5, "--data-dir", scene.place / "data", "--out-dir",
-                                       scene.place / "out"])
-    if code == 0:
-        from model import read_checkpoint
-        return code, output, read_checkpoint(scene.place / "out" / "ckpt.pt")
-    return code, output, None
+    return saved_by(scene, "out", "--resume", "--max-iters", 5)
+
+
+def saved_by(scene, out, *arguments):
+    code, output, _ = scene.invoke("train", [*arguments, "--data-dir", scene.place / "data", "--out-dir",
+                                             scene.place / out])
+    return code, output, code == 0 and read_checkpoint(scene.place / out / "ckpt.pt")
+
+
+def check_preparing_again(scene):
+    return prepared_by(scene, "data", preparation(scene.master / "source.txt", scene.place / "data"))
+
+
+def check_going_on(scene):
+    return prepared_by(scene, "half", preparation(scene.master / "source.txt", scene.place / "half"))
+
+
+def prepared_by(scene, data, arguments):
+    code, output, _ = scene.invoke("preprocess", arguments)
+    return code, output, code == 0 and prepared(scene.place / data)
+
+
+def check_chat(scene):
+    code, output, text = scene.invoke("chat", ["--prompt", "Tale", "--seed", 1, "--max-new-tokens", 4, "--device",
+                                               "cpu", "--out-dir", scene.place / "out"])
+    return code, output, code == 0 and text
+
+
+def check_export(scene):
+    output = scene.place / "new.pt"
+    code, text, _ = scene.invoke("export", ["--format", "pt", "--out-dir", scene.place / "out", "--output", output])
+    return code, text, code == 0 and read_checkpoint(output)
 
 
 def check_plot(scene):
-    code, output, _ = invoke("plot_loss", [scene.place / "out"])
+    code, output, _ = scene.invoke("plot_loss", [scene.place / "out"])
     return code, output, None  # numbers in a log cannot be checked against anything
 
 
 def check_data_set(scene):
-    name = scene.spoiled.name
+    return prepared_anew(scene, ["--dataset", scene.spoiled, "--vocab-size", 300])  # another letter, another text
+
+
+def check_given_tokenizer(scene):
+    return prepared_anew(scene, ["--dataset", scene.master / "source.txt", "--tokenizer", scene.spoiled])
+
+
+def prepared_anew(scene, arguments):
     new = scene.place / "new"
-    code, output, _ = invoke("preprocess", ["prepare-dataset", "--dataset", scene.spoiled, "--vocab-size", 300,
-                                            "--workers", 1, "--data-dir", new])
+    code, output, _ = scene.invoke("preprocess", ["prepare-dataset", "--workers", 1, "--data-dir", new, *arguments])
     if code == 0:
         import preprocess
-        assert len(preprocess.open_corpus(new).train) and name
-    return code, output, None  # a text with another letter is a text
+        assert len(preprocess.open_corpus(new).train)
+    return code, output, None
 
 
+def read_checkpoint(path):
+    import model
+    return model.read_checkpoint(path)
+
+
+COMPARED = {check_training, check_preparing_again, check_going_on, check_chat, check_export, check_beginning_from,
+            check_resume}
+ANY_MODEL = {check_chat, check_export, check_beginning_from}  # they take what is a checkpoint, whoever made it
+
+# The families of random cases: weight, files, mutations beside ANY_FILE, and the commands.
 FAMILIES = [
-    # weight, files, mutations beside ANY_FILE, checks, which snapshot a refusal must leave alone
     (5, ["data/train_000.bin", "data/val_000.bin", "data/tok300.model", "data/meta.json"], [swapped_corpora],
      [check_training, check_preparing_again]),
     (4, ["data/meta.json"], [strange_json, strange_json, strange_json, broken_json],
      [check_training, check_preparing_again]),
     (4, ["out/ckpt.pt"], [strange_checkpoint, strange_checkpoint, other_checkpoint, wrong_pickle], [check_resume]),
-    (4, ["out/best.pt"], [strange_checkpoint, other_checkpoint, wrong_pickle], [check_chat]),
+    (4, ["out/best.pt"], [strange_checkpoint, other_checkpoint, wrong_pickle],
+     [check_chat, check_export, check_beginning_from]),
     (2, ["out/metrics.jsonl"], [strange_json, strange_json, broken_json], [check_plot, check_resume]),
     (2, ["out/config.json"], [strange_json, strange_json, broken_json], [check_plot, check_resume]),
     (3, ["half/tokens.partial/plan.json", "half/text/text.json", "half/tokens.partial/tok300.model",
@@ -355,42 +409,65 @@ FAMILIES = [
     (2, ["half/tokens.partial/plan.json", "half/text/text.json"], [strange_json, broken_json], [check_going_on]),
     (4, ["sets/tales.txt", "sets/tales.jsonl", "sets/tales.json", "sets/tales.csv", "sets/tales.parquet"], [],
      [check_data_set]),
+    (1, ["data/tok300.model"], [], [check_given_tokenizer]),
 ]
-COMPARED = {check_training, check_preparing_again, check_going_on, check_chat, check_resume}
+
+# The chosen cases, a program of its own each: files, mutations, and the command.
+DAMAGE = [directory, empty, halve]
+PICKLES = [partial(hostile, kind=kind) for kind in range(3)]
+FOREIGN_MODELS = [partial(other_checkpoint, kind=kind) for kind in (0, 1, 4)]  # format, 10^12 parameters, a weight less
+NESTED = partial(broken_json, text="[" * 100_000)
+PROGRAMS = [(file, mutation, check) for files, mutations, check in (
+    (["out/best.pt"], DAMAGE + PICKLES + FOREIGN_MODELS, check_chat),
+    (["out/ckpt.pt"], DAMAGE + PICKLES + FOREIGN_MODELS, check_resume),
+    (["out/best.pt"], [directory, PICKLES[1], FOREIGN_MODELS[1]], check_export),
+    (["out/best.pt"], [halve, PICKLES[0], FOREIGN_MODELS[0]], check_beginning_from),
+    (["data/train_000.bin", "data/tok300.model"], [*DAMAGE, PICKLES[0]], check_training),
+    (["data/meta.json"], [directory, NESTED, swapped_corpora], check_training),
+    (["data/meta.json"], [empty], check_preparing_again),
+    (["half/tokens.partial/plan.json", "half/text/train_000.parquet"], [directory, halve], check_going_on),
+    (["out/metrics.jsonl"], [directory, empty, NESTED], check_plot),
+    (["sets/tales.parquet", "sets/tales.json"], [halve, PICKLES[0]], check_data_set),
+) for file in files for mutation in mutations]
 
 
 def alarm(*_):
     raise Hang
 
 
-def torture(numbers, seed, master, place):
-    """Cases `numbers` in one worker: [(number, file, what was done, verdict, detail)]."""
+def torture(cases, invoke, seed, master, place):
+    """Some of the cases (see all_cases) in one worker: [(case, file, what was done, verdict, detail)]."""
     signal.signal(signal.SIGALRM, alarm)
-    scene, results = Scene(master, place), []
-    references = {}
-    for check in COMPARED:
-        scene.fresh()
-        references[check] = check(scene)
-        assert references[check][0] == 0, references[check][1]
-    for number in numbers:
-        rng = random.Random(f"{seed} {number}")
-        _, files, special, checks = rng.choices(FAMILIES, [family[0] for family in FAMILIES])[0]
-        scene.fresh()
-        name = rng.choice(files)
-        mutation = rng.choice(special * 3 + ANY_FILE if len(special) > 1 else special + ANY_FILE)
-        scene.spoiled = place / name
-        untouched = scene.spoiled.read_bytes()
-        mutation(scene.spoiled, rng, scene)
-        if scene.spoiled.is_file() and scene.spoiled.read_bytes() == untouched:
-            results.append((number, name, mutation.__name__, "unchanged", ""))
+    scene, results, references = Scene(master, place, invoke), [], {}
+    for case in cases:
+        rng = random.Random(f"{seed} {case}")
+        if isinstance(case, str):
+            name, mutation, check = PROGRAMS[int(case.split()[-1])]
+            checks = [check]
+        else:
+            _, files, special, checks = rng.choices(FAMILIES, [family[0] for family in FAMILIES])[0]
+            name = rng.choice(files)
+            mutation = rng.choice(special * 3 + ANY_FILE if len(special) > 1 else special + ANY_FILE)
+        for check in checks:
+            if check in COMPARED and check not in references:
+                scene.fresh()
+                references[check] = check(scene)
+                assert references[check][0] == 0, references[check][1]
+        what = getattr(mutation, "__name__", None) or mutation.func.__name__
+        if not scene.spoil(name, mutation, rng):
+            results.append((case, name, what, "unchanged", ""))
             continue
+        whole = what == "foreign" and name.endswith(".pt") and any(
+            other.suffix == ".pt" and other.read_bytes() == scene.spoiled.read_bytes() for other in scene.pool)
         for check in checks:
             verdict, detail = judge(check, scene, references)
             if scene.marker.exists():
-                verdict, detail = "executed", mutation.__name__
-            if verdict == "wrong data" and mutation is wrong_pickle:
+                verdict, detail = "executed", what
+            if verdict == "wrong data" and what == "wrong_pickle":
                 verdict = "forged"  # checksums made to fit and every form kept: only a signature could tell
-            results.append((number, name, f"{mutation.__name__} {check.__name__[6:]}", verdict, detail[-700:]))
+            if verdict == "wrong data" and whole and check in ANY_MODEL:
+                verdict = "another model"
+            results.append((case, name, f"{what} {check.__name__[6:]}", verdict, detail[-700:]))
     return results
 
 
@@ -422,30 +499,29 @@ def judge(check, scene, references):
 BAD = ("traceback", "hang", "wrong data", "harmed", "executed", "unclear", "crash")
 
 
-def all_cases(cases, seed=0, workers=2, scratch=None, verbose=False):
-    """Counter of verdicts over `cases` cases, and the bad ones."""
+def all_cases(cases, programs, seed=0, workers=2, scratch=None, verbose=False):
+    """Counter of verdicts over `cases` random cases and the first `programs` chosen ones, and the bad ones."""
     count, bad = Counter(), []
+    jobs = [(list(range(cases))[at::-(-cases // 100)], in_this_process) for at in range(-(-cases // 100))]
+    jobs += [([f"program {i}" for i in range(programs)[at::workers]], in_its_own) for at in range(workers)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         folder = Path(folder)
         make_master(folder / "master")
-        chunk = max(1, min(100, cases // workers))
-        chunks = list(itertools.batched(range(cases), chunk)) if hasattr(itertools, "batched") else [
-            range(at, min(cases, at + chunk)) for at in range(0, cases, chunk)]
         with ProcessPoolExecutor(workers, mp_context=processes) as pool:
-            waiting = {pool.submit(torture, list(numbers), seed, folder / "master", folder / f"worker{i}"): numbers
-                       for i, numbers in enumerate(chunks)}
+            waiting = {pool.submit(torture, some, invoke, seed, folder / "master", folder / f"worker{i}"): some
+                       for i, (some, invoke) in enumerate(jobs)}
             for future in as_completed(waiting):
                 try:
                     results = future.result()
                 except Exception as error:  # a worker that died took its cases with it
-                    results = [(waiting[future][0], "", "", "crash", repr(error))]
+                    results = [(waiting[future], "", "", "crash", repr(error))]
                 for result in results:
                     count[result[3]] += 1
                     if result[3] in BAD:
                         bad.append(result)
                         if verbose:
                             print(*result, file=sys.stderr, flush=True)
-        count["cases"] = len(range(cases)) - count["unchanged"]
+        count["cases"] = cases + programs - count["unchanged"]
     return count, bad
 
 
@@ -455,9 +531,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     clock = Clock()
-    count, _ = all_cases(options.cases, options.seed, verbose=True)
-    rows = {"files spoiled": count["cases"], "commands refused in one line": count["refused"],
+    count, _ = all_cases(options.cases, len(PROGRAMS), options.seed, verbose=True)
+    rows = {"files spoiled": count["cases"], "of these read by a program of its own": len(PROGRAMS),
+            "commands refused in one line": count["refused"],
             "commands that the damage made no difference to": count["no difference"],
+            "whole checkpoints of another model in its place, and taken": count["another model"],
             "forged with fitting checksums, and taken": count["forged"], "seconds": round(clock())}
     sys.exit(table(rows | {f"!{verdict}": count[verdict] for verdict in BAD}))
 
