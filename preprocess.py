@@ -5,7 +5,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries are imported: no traceback
 
-import errno
 import hashlib
 import io
 import itertools
@@ -66,7 +65,7 @@ SHARD = dict(file=str, tokens=int, bytes=int, stories=int, sha256=str, min_id=in
 META = dict(format=int, source=str, vocab_size=int, tokenizer=dict(file=str, sha256=str), arguments=dict, train=[SHARD],
             val=[SHARD])
 FLOOR = dict(nats_per_token=float, bits_per_byte=float)
-PLAN = dict(arguments=dict, files=dict)
+PLAN = dict(arguments=dict, files=dict, sha256=str)
 FILES = {".bin": SHARD, ".model": dict(sha256=str), ".parquet": dict(stories=int, bytes=int)}
 
 
@@ -80,16 +79,31 @@ def has_form(value, form):
     return type(value) is form and (form is not int or value >= 0)
 
 
-def read_plan(path):
-    """The plan of a folder that is being filled, or of one that is full; None where there is none that can be read."""
-    plan = read_json(path)
-    whole = has_form(plan, PLAN | dict(sha256=str)) and plan.pop("sha256") == digest(plan) and all(
-        has_form(entry, FILES.get(Path(file).suffix)) for file, entry in plan["files"].items())
-    return plan if whole else None
+class Plan:
+    """What is known of a folder that is filled file by file: the arguments, and an entry for each finished file.
 
+    Such a folder ends in .partial and has a plan.json. When all its files are finished, they move to where they belong.
+    So an interrupted run goes on where it stopped, and what was there before stays usable until the exchange.
+    """
 
-def write_plan(path, plan):
-    write_json(path, plan | dict(sha256=digest(plan)))
+    def __init__(self, folder, arguments, files=()):
+        self.folder, self.arguments, self.files = folder, arguments, dict(files)
+
+    @classmethod
+    def read(cls, folder, name="plan.json"):
+        """The plan in a folder, None where there is none that can be read."""
+        said = read_json(folder / name)
+        whole = has_form(said, PLAN) and said["sha256"] == digest(said) and all(
+            has_form(entry, FILES.get(Path(file).suffix)) for file, entry in said["files"].items())
+        return cls(folder, said["arguments"], said["files"]) if whole else None
+
+    def write(self, name="plan.json"):
+        said = dict(arguments=self.arguments, files=self.files)
+        write_json(self.folder / name, said | dict(sha256=digest(said)))
+
+    def add(self, file, entry):
+        self.files[file] = entry
+        self.write()
 
 
 def digest(said):
@@ -258,7 +272,7 @@ class TokenStream:
         starts = np.asarray(starts, dtype=np.int64)
         out = np.empty((len(starts), length), np.uint16)
         which = np.searchsorted(self.ends, starts, side="right")
-        for row, (start, k) in enumerate(zip(starts.tolist(), which.tolist())):
+        for row, (start, k) in enumerate(zip(starts.tolist(), which.tolist(), strict=True)):
             if k < len(self.shards) and start >= 0 and start + length <= self.ends[k]:
                 at = start - int(self.ends[k]) + len(self.shards[k])
                 out[row] = self.shards[k][at:at + length]
@@ -271,7 +285,7 @@ class TokenStream:
         if self.starts is None:
             offsets = self.ends - [len(shard) for shard in self.shards]
             self.starts = np.concatenate([np.flatnonzero(shard == self.bos_id) + offset
-                                          for shard, offset in zip(self.shards, offsets)])
+                                          for shard, offset in zip(self.shards, offsets, strict=True)])
         return self.starts
 
 
@@ -310,10 +324,10 @@ def read_meta(folder):
         raise UserError(f"{folder} does not exist: run {prepare_command(folder)} first, or pass --data-dir.")
     meta = read_json(folder / "meta.json")
     if meta is None and not (folder / "meta.json").exists():
-        plan = first_of(read_plan(place / "plan.json") for place in partial_folders(folder))
+        plan = Plan.read(folder / "tokens.partial") or Plan.read(folder / "text.partial")
         if plan or (folder / "text" / "text.json").exists():
             raise UserError(f"the corpus in {folder} is not finished: run "
-                            f"{prepare_command(folder, plan and plan['arguments'])} to go on.")
+                            f"{prepare_command(folder, plan and plan.arguments)} to go on.")
         raise UserError(f"there is no prepared corpus in {folder} (no meta.json): run {prepare_command(folder)} first, "
                         "or pass --data-dir.")
     optional = dict(floor=FLOOR, sha256=str)
@@ -325,10 +339,6 @@ def read_meta(folder):
         raise UserError(f"{folder / 'meta.json'} is damaged or not of format {FORMAT}, the one that this version "
                         f"reads: run {prepare_command(folder, None, '--overwrite')}.")
     return meta
-
-
-def first_of(values):
-    return next((value for value in values if value is not None), None)
 
 
 def open_shard(folder, shard, vocab_size, again):
@@ -468,7 +478,7 @@ def parse(story):
 def split_template(template):
     """'A {child}.' as ('A ', ('child', False), '.'); the flag says that an article comes first."""
     parts = SLOT.split(template)
-    slots = [(name, bool(article)) for article, name in zip(parts[1::3], parts[2::3])]
+    slots = [(name, bool(article)) for article, name in zip(parts[1::3], parts[2::3], strict=True)]
     return tuple(item for item in itertools.chain(*itertools.zip_longest(parts[::3], slots)) if item)
 
 
@@ -878,11 +888,6 @@ class Progress:
                     click.echo(line)
 
 
-# A folder that is being filled ends in .partial and has a plan.json: the arguments, and what is known of each file
-# that is finished. When all are, they move to where they belong. So an interrupted run goes on where it stopped, and
-# what was there before stays usable until the moment of the exchange.
-
-
 def text_arguments(config):
     """The settings that decide which text is used. They are compared between runs."""
     names = ("dataset", "text_field", "num_files", "sample_rate", "seed")
@@ -891,12 +896,11 @@ def text_arguments(config):
 
 def all_arguments(config, tokenizer):
     """The settings that decide what is prepared; `tokenizer` is the one of --tokenizer, None where one is trained."""
+    arguments = text_arguments(config) | vocabulary_arguments(config.vocab_size, config.dataset)
     if tokenizer:
-        vocabulary = dict(vocab_size=tokenizer.vocab_size, tokenizer=config.tokenizer,
+        arguments |= dict(vocab_size=tokenizer.vocab_size, tokenizer=config.tokenizer,
                           tokenizer_sha256=tokenizer.sha256)
-    else:
-        vocabulary = vocabulary_arguments(config.vocab_size, config.dataset)
-    return text_arguments(config) | vocabulary
+    return arguments
 
 
 def vocabulary_arguments(vocab_size, dataset):
@@ -928,10 +932,6 @@ def given_tokenizer(config):
     return tokenizer
 
 
-def partial_folders(data_dir):
-    return data_dir / "tokens.partial", data_dir / "text.partial"
-
-
 def check_same(there, arguments, what, overwrite):
     """Raise UserError if `what` was made with other arguments and may not be overwritten."""
     differ = [name for name in arguments if there.get(name) != arguments[name]]
@@ -946,33 +946,32 @@ def check_same(there, arguments, what, overwrite):
 
 def open_plan(folder, arguments, overwrite):
     """The plan of a folder that is being filled, an empty one where nothing is finished yet."""
-    plan = read_plan(folder / "plan.json")
-    what = f"the unfinished corpus in {folder}"
-    if plan and plan["files"] and check_same(plan["arguments"], arguments, what, overwrite):
+    plan = Plan.read(folder)
+    if plan and plan.files and check_same(plan.arguments, arguments, f"the unfinished corpus in {folder}", overwrite):
         return plan
     shutil.rmtree(folder, ignore_errors=True)
-    return dict(arguments=arguments, files={})
+    return Plan(folder, arguments)
 
 
 def download(config, overwrite):
     """Bring the chosen stories to <data-dir>/text, a parquet file for each part."""
     arguments, data_dir = text_arguments(config), Path(config.data_dir)
-    folder, partial = data_dir / "text", partial_folders(data_dir)[1]
-    unfinished = read_plan(partial / "plan.json")
-    if not unfinished or unfinished["arguments"] != arguments:
-        there = read_plan(folder / "text.json")
-        if there and check_same(there["arguments"], arguments, f"the text in {folder}", overwrite) and not overwrite:
+    folder, partial = data_dir / "text", data_dir / "text.partial"
+    unfinished = Plan.read(partial)
+    if not unfinished or unfinished.arguments != arguments:
+        there = Plan.read(folder, "text.json")
+        if there and check_same(there.arguments, arguments, f"the text in {folder}", overwrite) and not overwrite:
             return click.echo(f"text: already in {folder}.")
         if folder.exists() and not there:
             raise UserError(f"{folder} exists and was not made by this program: pass another --data-dir.")
-    fill_text(config, partial, open_plan(partial, arguments, overwrite))
+    fill_text(config, open_plan(partial, arguments, overwrite))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def fill_text(config, folder, plan):
+def fill_text(config, plan):
     """Write the text files that the plan lacks, and text.json when all are there."""
-    if (folder / "text.json").exists():
+    if (plan.folder / "text.json").exists():
         return
     click.echo(f"text: reading {config.dataset} ...")
     train, val = open_source(config)
@@ -985,21 +984,20 @@ def fill_text(config, folder, plan):
                              ((f"train_{part:03d}.parquet", (text for _, text in group))
                               for part, group in itertools.groupby(stories, key=lambda story: story[0])))
     for name, texts in groups:
-        if name not in plan["files"]:
-            plan["files"][name] = write_text_file(folder / name, texts)
-            write_plan(folder / "plan.json", plan)
-    if len(plan["files"]) < 2 and config.num_files == PARTS and config.sample_rate == 1:
+        if name not in plan.files:
+            plan.add(name, write_text_file(plan.folder / name, texts))
+    if len(plan.files) < 2 and config.num_files == PARTS and config.sample_rate == 1:
         raise UserError(f"{config.dataset} holds too little text: beside what validation needs, none is left to train "
                         "on. Pass --dataset with more of it.")
-    if len(plan["files"]) < 2:
+    if len(plan.files) < 2:
         raise UserError(f"--num-files {config.num_files} and --sample-rate {config.sample_rate:g} keep none of the "
                         f"{rows:,} training stories of {config.dataset}: raise them.")
-    write_plan(folder / "text.json", plan)
+    plan.write("text.json")
 
 
 def finished_text(data_dir):
     """What text.json says about the text in a data folder; UserError if there is none."""
-    text = read_plan(data_dir / "text" / "text.json")
+    text = Plan.read(data_dir / "text", "text.json")
     if text is None:
         raise UserError(f"there is no text in {data_dir}: run `python preprocess.py download` (with --data-dir) first.")
     return text
@@ -1016,37 +1014,45 @@ def finished_meta(data_dir, overwrite):
         raise
 
 
-def training_text(data_dir, text):
-    """Yield the training stories of a data folder, in order."""
-    for name in sorted(text["files"]):
+def training_text(text):
+    """Yield the training stories of the text that a plan describes, in order."""
+    for name in sorted(text.files):
         if name.startswith("train"):
-            yield from read_text_file(data_dir / "text" / name)
+            yield from read_text_file(text.folder / name)
 
 
 def train_vocab(data_dir, vocab_size, overwrite):
     """Train the tokenizer on the training text and leave it in tokens.partial."""
     text = finished_text(data_dir)
-    vocabulary, folder = vocabulary_arguments(vocab_size, text["arguments"]["dataset"]), partial_folders(data_dir)[0]
-    vocab_size, arguments = vocabulary["vocab_size"], text["arguments"] | vocabulary
-    plan = open_plan(folder, arguments, overwrite)
-    name = f"tok{vocab_size}.model"
-    if name in plan["files"]:
-        return click.echo(f"vocabulary: already in {folder / name}.")
+    arguments = text.arguments | vocabulary_arguments(vocab_size, text.arguments["dataset"])
+    plan, name = open_plan(data_dir / "tokens.partial", arguments, overwrite), tokenizer_file(arguments)
+    if name in plan.files:
+        return click.echo(f"vocabulary: already in {plan.folder / name}.")
     meta = finished_meta(data_dir, overwrite)
     if meta and not overwrite and check_same(meta["arguments"], arguments, f"the corpus in {data_dir}", overwrite):
         return click.echo(f"vocabulary: already in {data_dir / name}.")
     start = time.monotonic()
-    total = sum(entry["bytes"] for file, entry in text["files"].items() if file.startswith("train"))
-    rate, seed = min(1.0, VOCABULARY_BYTES / total), text["arguments"]["seed"]
-    pieces = itertools.chain.from_iterable(map(chunks, training_text(data_dir, text)))
+    total = sum(entry["bytes"] for file, entry in text.files.items() if file.startswith("train"))
+    rate, seed = min(1.0, VOCABULARY_BYTES / total), arguments["seed"]
+    pieces = itertools.chain.from_iterable(map(chunks, training_text(text)))
     chosen = (piece for index, piece in enumerate(pieces) if kept(index, rate, f"vocabulary {seed}"))
-    model = train_sentencepiece(chosen, vocab_size)
-    with replacing(folder / name) as file:
-        file.write(model)
-    plan["files"][name] = dict(sha256=hashlib.sha256(model).hexdigest())
-    write_plan(folder / "plan.json", plan)
-    click.echo(f"vocabulary: {vocab_size} tokens from {min(total, VOCABULARY_BYTES) / 1e6:.1f} MB of text in "
+    tokenizer = put_tokenizer(plan, Tokenizer(train_sentencepiece(chosen, arguments["vocab_size"])))
+    click.echo(f"vocabulary: {tokenizer.vocab_size} tokens from {min(total, VOCABULARY_BYTES) / 1e6:.1f} MB of text in "
                f"{time.monotonic() - start:.1f} s.")
+
+
+def tokenizer_file(arguments):
+    return f"tok{arguments['vocab_size']}.model"
+
+
+def put_tokenizer(plan, tokenizer):
+    """Write a tokenizer into the plan's folder, unless it is there already; the tokenizer."""
+    name = tokenizer_file(plan.arguments)
+    if name not in plan.files:
+        with replacing(plan.folder / name) as file:
+            file.write(tokenizer.model_bytes)
+        plan.add(name, dict(sha256=tokenizer.sha256))
+    return tokenizer
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -1116,57 +1122,37 @@ def write_shard(path, encoded):
 
 def pretokenize(data_dir, workers, overwrite):
     """Encode the text to shards on all cores, then put shards, tokenizer and meta.json in place."""
-    text, folder, start = finished_text(data_dir), partial_folders(data_dir)[0], time.monotonic()
-    plan, meta = read_plan(folder / "plan.json"), finished_meta(data_dir, overwrite)
+    text, start = finished_text(data_dir), time.monotonic()
+    plan, meta = Plan.read(data_dir / "tokens.partial"), finished_meta(data_dir, overwrite)
     if plan is None and meta and not overwrite:
-        check_same(meta["arguments"], text["arguments"], f"the corpus in {data_dir}", overwrite)
+        check_same(meta["arguments"], text.arguments, f"the corpus in {data_dir}", overwrite)
         return click.echo(f"tokens: already in {data_dir}.")
-    plan = plan or reuse_tokenizer(data_dir, text, folder, meta)
-    if any(plan["arguments"].get(name) != value for name, value in text["arguments"].items()):
-        raise UserError(f"the vocabulary in {folder} was made from other text than that in {data_dir / 'text'}: run "
+    if plan is None and meta:           # the vocabulary of the finished corpus does for `pretokenize --overwrite` alone
+        plan = Plan(data_dir / "tokens.partial", meta["arguments"] | text.arguments)
+        put_tokenizer(plan, Tokenizer.from_file(data_dir / meta["tokenizer"]["file"]))
+    if plan and any(plan.arguments.get(name) != value for name, value in text.arguments.items()):
+        raise UserError(f"the vocabulary in {plan.folder} was made from other text than that in {text.folder}: run "
                         "`python preprocess.py train-vocab --overwrite` first.")
-    name = f"tok{plan['arguments']['vocab_size']}.model"
-    if name not in plan["files"]:
+    if plan is None or tokenizer_file(plan.arguments) not in plan.files:
         raise UserError(f"there is no vocabulary in {data_dir}: run `python preprocess.py train-vocab` first.")
-    missing = [file for file in sorted(text["files"]) if Path(file).stem + ".bin" not in plan["files"]]
+    shards = {file: Path(file).stem + ".bin" for file in sorted(text.files)}
+    missing = [file for file in shards if shards[file] not in plan.files]
     if missing:
-        tokenizer = Tokenizer.from_file(folder / name)
-        size = sum(text["files"][file]["bytes"] for file in missing)
-        encoded = encode_files(tokenizer, [data_dir / "text" / file for file in missing], workers)
+        tokenizer = Tokenizer.from_file(plan.folder / tokenizer_file(plan.arguments))
+        size = sum(text.files[file]["bytes"] for file in missing)
+        encoded = encode_files(tokenizer, [text.folder / file for file in missing], workers)
         counted = Progress(encoded, "tokens", "bytes", size, lambda item: sum(map(len, item[1])))
         for path, group in itertools.groupby(counted, key=lambda item: item[0]):
-            shard = path.stem + ".bin"
-            plan["files"][shard] = write_shard(folder / shard, group)
-            write_plan(folder / "plan.json", plan)
+            plan.add(shards[path.name], write_shard(plan.folder / shards[path.name], group))
         seconds = time.monotonic() - start
-        tokens = sum(plan["files"][Path(file).stem + ".bin"]["tokens"] for file in missing)
+        tokens = sum(plan.files[shards[file]]["tokens"] for file in missing)
         click.echo(f"tokens: {tokens:,} in {seconds:.1f} s, {tokens / seconds:,.0f} a second.")
-    finish(data_dir, folder, plan)
+    finish(data_dir, plan)
 
 
-def reuse_tokenizer(data_dir, text, folder, meta):
-    """A plan that starts from the vocabulary of the finished corpus, for `pretokenize --overwrite` alone."""
-    if meta is None:
-        raise UserError(f"there is no vocabulary in {data_dir}: run `python preprocess.py train-vocab` first.")
-    tokenizer = Tokenizer.from_file(data_dir / meta["tokenizer"]["file"])
-    return take_tokenizer(folder, dict(arguments=meta["arguments"] | text["arguments"], files={}), tokenizer)
-
-
-def take_tokenizer(folder, plan, tokenizer):
-    """Leave a tokenizer that exists already in tokens.partial, as train_vocab leaves a new one; the plan."""
-    name = f"tok{tokenizer.vocab_size}.model"
-    if name not in plan["files"]:
-        with replacing(folder / name) as file:
-            file.write(tokenizer.model_bytes)
-        plan["files"][name] = dict(sha256=tokenizer.sha256)
-        write_plan(folder / "plan.json", plan)
-    return plan
-
-
-def finish(data_dir, folder, plan):
+def finish(data_dir, plan):
     """Move the finished files in place, meta.json last. Can be stopped and repeated at any moment."""
-    arguments, files = plan["arguments"], plan["files"]
-    name = f"tok{arguments['vocab_size']}.model"
+    arguments, files, name = plan.arguments, plan.files, tokenizer_file(plan.arguments)
     shards = [entry for file, entry in sorted(files.items()) if file.endswith(".bin")]
     meta = dict(format=FORMAT, source=arguments["dataset"], vocab_size=arguments["vocab_size"],
                 tokenizer=dict(file=name, sha256=files[name]["sha256"]), arguments=arguments,
@@ -1180,10 +1166,10 @@ def finish(data_dir, folder, plan):
         if OURS.fullmatch(path.name) and path.name not in files:
             path.unlink()
     for file in files:
-        if (folder / file).exists():
-            replace_file(folder / file, data_dir / file)
+        if (plan.folder / file).exists():
+            replace_file(plan.folder / file, data_dir / file)
     write_json(data_dir / "meta.json", meta)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(plan.folder, ignore_errors=True)
 
 
 def floor(stories, shards):
@@ -1240,12 +1226,11 @@ def prepare(config, workers, overwrite):
         check_same(meta["arguments"], arguments, f"the corpus in {data_dir}", overwrite)
         click.echo(f"The corpus in {data_dir} is prepared already, with the same arguments; nothing to do.")
         return report(data_dir, None)
-    folder = partial_folders(data_dir)[0]
-    plan = open_plan(folder, arguments, overwrite)
-    going_on = bool(plan["files"])
+    plan = open_plan(data_dir / "tokens.partial", arguments, overwrite)
+    going_on = bool(plan.files)
     download(config, overwrite and not going_on)
     if tokenizer:
-        take_tokenizer(folder, plan, tokenizer)
+        put_tokenizer(plan, tokenizer)
         click.echo(f"vocabulary: {tokenizer.vocab_size} tokens of {config.tokenizer}.")
     else:
         train_vocab(data_dir, arguments["vocab_size"], overwrite)
@@ -1254,7 +1239,7 @@ def prepare(config, workers, overwrite):
 
 
 class Stages(click.Group):
-    """The commands, with Ctrl-C and failing disks ending in a line instead of a traceback."""
+    """The commands, with Ctrl-C ending in a line instead of a traceback."""
 
     def list_commands(self, ctx):
         return list(self.commands)      # as they stand below: the one that most people need first
@@ -1265,11 +1250,6 @@ class Stages(click.Group):
         except KeyboardInterrupt:
             click.echo("\nStopped. The same command goes on where this one stopped.", err=True)
             ctx.exit(130)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            raise UserError(f"{error.filename or 'the disk'}: {error.strerror or error}. Mend that, then run the same "
-                            "command again: it goes on where it stopped.") from error
 
 
 @click.group(cls=Stages, context_settings=COMMAND_LINE)
@@ -1306,7 +1286,7 @@ def download_command(overwrite, **values):
     fingerprint(config)  # refuses a folder inside the corpus before anything is written there
     own(config.data_dir)
     download(config, overwrite)
-    files = finished_text(Path(config.data_dir))["files"].values()
+    files = finished_text(Path(config.data_dir)).files.values()
     click.echo(f"text: {sum(file['stories'] for file in files):,} stories, "
                f"{sum(file['bytes'] for file in files) / 1e6:.1f} MB.")
 
