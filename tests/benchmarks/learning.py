@@ -234,7 +234,7 @@ def main(data_dir, tokens, budgets, target_bpb, nanogpt, smolgpt, peer_tokens, p
     common.print_row(("code", "tokens", "seconds", "bits a byte", "at target", "seconds"), WIDTHS)
     ours_rows(clock, job | dict(code="ours"), tokens, budgets, show)
     peer_rows(clock, job | dict(tokens=peer_tokens),
-              [("nanogpt_char", nanogpt), ("smolgpt", smolgpt), ("nanogpt", nanogpt)], show)
+              [("nanogpt_char", nanogpt), ("smolgpt", smolgpt)], show)
     print_summary(summary(rows))
 
 
