@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import click
-import sentencepiece
 
 from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, cannot_write, replacing
 from model import NORM_EPS, ROPE_BASE, build_model, read_checkpoint, save_checkpoint
+from preprocess import Tokenizer
 
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
             "tokenizer.model", "tokenizer_config.json")
@@ -61,12 +61,12 @@ def split_weights(model):
 
 def read_tokenizer(model_bytes, vocab_size, where):
     """The SentencePiece processor, once it is sure that exports can rely on its ids."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-    ids = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()
-    if ids != (0, 1, 2) or len(tokenizer) != vocab_size or not tokenizer.is_byte(tokenizer.piece_to_id("<0x0A>")):
-        raise UserError(f"{where}: its tokenizer has {len(tokenizer)} tokens (the model {vocab_size}) and the ids "
+    tokenizer = Tokenizer(model_bytes, f"the tokenizer in {where}")
+    ids, processor = (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id), tokenizer.processor
+    if ids != (0, 1, 2) or len(processor) != vocab_size or not processor.is_byte(processor.piece_to_id("<0x0A>")):
+        raise UserError(f"{where}: its tokenizer has {len(processor)} tokens (the model {vocab_size}) and the ids "
                         f"{ids} for unknown, begin and end; it was not made by `python preprocess.py`.")
-    return tokenizer
+    return processor
 
 
 # Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer load.
@@ -130,9 +130,8 @@ def tokenizer_config(tokenizer, config):
         split_special_tokens=True, padding_side="left")
 
 
-def write_hf(output, contents, model, where):
+def write_hf(output, contents, model, tokenizer, where):
     config, kind = model.config, architecture(model.config, where)
-    tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, where)
     safetensors, save_file = optional("safetensors", "hf"), optional("safetensors.torch", "hf").save_file
     files = {"config.json": hf_config(config, kind), "generation_config.json": generation_config(config),
              "special_tokens_map.json": special_tokens(tokenizer), "tokenizer.json": tokenizer_json(tokenizer),
@@ -169,9 +168,8 @@ def token_type(tokenizer, i, types):
             types.BYTE if tokenizer.is_byte(i) else types.NORMAL)
 
 
-def write_gguf(output, contents, model, where):
+def write_gguf(output, contents, model, tokenizer, where):
     config, kind = model.config, architecture(model.config, where)
-    tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, where)
     gguf = optional("gguf", "gguf")
     ids, head_size = range(len(tokenizer)), config.n_embd // config.n_head
     facts = dict(
@@ -203,14 +201,14 @@ def write_gguf(output, contents, model, where):
         f"  llama-completion -m \"{output}\" -no-cnv -p \"Once upon a time\" -n 200 --temp 0.6 --top-k 20")
 
 
-def write_tokenizer(output, contents, model, where):
+def write_tokenizer(output, contents, model, tokenizer, where):
     with replacing(output) as file:
         file.write(contents["tokenizer"])
     return "its vocabulary", (f"Prepare text with it:\n  python preprocess.py prepare-dataset --tokenizer \"{output}\" "
                               "--dataset YOUR-TEXT --data-dir data/mine")
 
 
-def write_pt(output, contents, model, where):
+def write_pt(output, contents, model, tokenizer, where):
     save_checkpoint(output, model, contents["tokenizer"])
     return "weights and tokenizer", f"Try it:\n  python chat.py --checkpoint \"{output}\""
 
@@ -303,7 +301,8 @@ def main(format, output, checkpoint, out_dir, overwrite):
     config = model.config
     click.echo(f"Read {checkpoint}: {model.count_parameters() / 1e6:.1f} M parameters, {config.position} positions, "
                f"context {config.block_size}, vocabulary {config.vocab_size}")
-    report(output, *WRITERS[format](output, contents, model, checkpoint))
+    tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, checkpoint)
+    report(output, *WRITERS[format](output, contents, model, tokenizer, checkpoint))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ CHECKPOINT_FORMAT = 1
 IGNORE = -1  # target of a position that is not predicted (padding)
 EMBEDDING_STD = 0.01
 DRY_GROWTH = 50  # repeated tokens beyond the allowed ones after which the penalty stays: it is beyond all logits
+NEVER = torch.iinfo(torch.long).min  # the place of a token that was not used
 
 
 class RMSNorm(nn.Module):
@@ -213,7 +214,7 @@ class GPT(nn.Module):
         generator. When the window of block_size tokens is full, its last half is read again as the beginning of a new
         one, so the model always sees between block_size / 2 and block_size tokens.
         """
-        block_size, step = self.config.block_size, take_step(self, len(idx), sample)
+        block_size, step = self.config.block_size, take_step(self, len(idx), sample, eos_id)
         cache = step.cache if step else KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
         cache.length = 0
         unread, ended = idx[:, -block_size:], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -222,7 +223,7 @@ class GPT(nn.Module):
                 if cache.length + unread.shape[1] > block_size:
                     cache.length, unread = 0, idx[:, -(block_size // 2):]
                 if step and unread.shape[1] == 1:
-                    token = step(unread, idx, eos_id, generator)  # (B,)
+                    token = step(unread, idx, generator)  # (B,)
                 else:
                     logits = self.logits(self.hidden(unread, cache)[:, -1])  # (B, V)
                     token = choose_token(logits, idx, sample, eos_id, generator)  # (B,)
@@ -234,7 +235,7 @@ class GPT(nn.Module):
                     return
                 yield shown
         finally:
-            self.decode_step = step
+            self.decode_step = step if isinstance(step, DecodeStep) else None
 
 
 class DecodeStep:
@@ -242,29 +243,33 @@ class DecodeStep:
 
     The hundred small kernels of a step run in a fraction of the time that launching them one by one takes. The step
     reads `token` (B, 1) at `position` (1,), attends to the whole cache under a mask, and leaves the next token and
-    position in their place; a penalty needs all tokens so far, whose number grows, so then the caller chooses the token.
+    position in their place. DRY needs all tokens so far, whose number grows, so with it the caller chooses the token.
     GPT.hidden and choose_token say the same in plain code, and read the prompt into the same cache.
     """
 
-    def __init__(self, model, batch_size, sample):
+    def __init__(self, model, batch_size, sample, eos_id):
         config, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
-        self.model, self.sample, self.key = model, sample, self.make_key(model, batch_size, sample)
-        self.penalized = sample.repetition_penalty > 1 or sample.dry_multiplier > 0
+        self.model, self.sample, self.eos_id = model, sample, eos_id
+        self.key = self.make_key(model, batch_size, sample, eos_id)
+        self.chooses = sample.dry_multiplier == 0
+        self.penalizes = self.chooses and sample.repetition_penalty > 1
         self.cache = KVCache(config, batch_size, device, dtype)
         self.places = torch.arange(config.block_size, device=device)
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.noise = torch.full((batch_size, config.vocab_size), 0.5, device=device)
+        # At which position each token was used last: unlike a list of the last tokens, of one size for every window.
+        self.last_use = torch.full((batch_size, config.vocab_size), NEVER, device=device) if self.penalizes else None
         self.graph = None
         if device.type == "cuda":
             with torch.cuda.device(device):
                 self.record()
 
     @staticmethod
-    def make_key(model, batch_size, sample):
+    def make_key(model, batch_size, sample, eos_id):
         """Equal for two steps that are the same: a recorded one holds the weights' addresses and the settings."""
         weights = tuple((weight.data_ptr(), weight.dtype) for weight in (*model.parameters(), *model.buffers()))
-        return batch_size, replace(sample, max_new_tokens=1, seed=None), weights
+        return batch_size, replace(sample, max_new_tokens=1, seed=None), eos_id, weights
 
     def record(self):
         """The recipe of torch.cuda.graph: run on a side stream first, where libraries allocate what they keep."""
@@ -282,7 +287,7 @@ class DecodeStep:
 
     def advance(self):
         """What is recorded: nothing in it may wait for the device or depend on a tensor's values in Python."""
-        model = self.model
+        model, sample = self.model, self.sample
         x = model.wte(self.token)  # (B, 1, C)
         if model.wpe is not None:
             x = x + model.wpe.weight.index_select(0, self.position)
@@ -292,61 +297,147 @@ class DecodeStep:
         for block in model.blocks:
             x = block(x, rope, self)
         self.logits = model.logits(model.ln_f(x)[:, -1])  # (B, V)
+        if self.penalizes:
+            used = self.last_use > self.position - sample.repetition_window
+            self.logits = penalize_used(self.logits.float(), used, sample.repetition_penalty)
         self.position += 1
-        if not self.penalized:
-            self.token.copy_(choose_token(self.logits, None, self.sample, None, noise=self.noise).unsqueeze(1))
+        if self.chooses:
+            unpenalized = replace(sample, repetition_penalty=1.0)
+            self.token.copy_(choose_token(self.logits, None, unpenalized, None, noise=self.noise).unsqueeze(1))
+        if self.penalizes:
+            self.last_use.scatter_(1, self.token, self.position.expand_as(self.token))
+            self.last_use[:, self.eos_id].fill_(NEVER)
 
     def update(self, layer, k, v):
         """What KVCache.update does for one position, with all of the cache for an answer."""
         keys, values = self.cache.data[layer]
         return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v), self.mask
 
-    def __call__(self, token, seen, eos_id, generator):
+    def begin(self, token, seen):
+        """Take up `token` (B, 1), which this step did not choose: the window is new, or the caller chooses."""
+        self.token.copy_(token)
+        self.position.fill_(self.cache.length)
+        if self.penalizes:
+            places = torch.arange(1 - seen.shape[1], 1, device=seen.device) + self.position  # `token` is seen[:, -1]
+            self.last_use.fill_(NEVER).scatter_reduce_(1, seen, places.expand_as(seen), "amax")
+            self.last_use[:, self.eos_id].fill_(NEVER)
+
+    def __call__(self, token, seen, generator):
         """The token (B,) after `token` (B, 1), the last of `seen` (B, S) and the first that the cache does not hold."""
-        if token.data_ptr() != self.token.data_ptr():  # not this step's own: the window is new, or a penalty chose it
-            self.token.copy_(token)
-            self.position.fill_(self.cache.length)
-        if self.sample.temperature > 0 and not self.penalized:
+        if token.data_ptr() != self.token.data_ptr():
+            self.begin(token, seen)
+        if self.sample.temperature > 0 and self.chooses:
             self.noise.uniform_(generator=generator)  # outside, where it is the same for every generator
         if self.graph:
             self.graph.replay()
         else:
             self.advance()
         self.cache.length += 1
-        if self.penalized:
-            return choose_token(self.logits, seen, self.sample, eos_id, generator)
-        return self.token.squeeze(1)
+        if self.chooses:
+            return self.token.squeeze(1)
+        return choose_token(self.logits, seen, self.sample, self.eos_id, generator)
 
 
-def take_step(model, batch_size, sample):
-    """The DecodeStep of a model for these settings, None where it cannot be recorded.
+class CPUStep:
+    """One step of one story on a CPU: what GPT.hidden, GPT.logits and choose_token say, in a straight line.
 
-    It is the caller's alone until put back, since two generations at once must not share a cache."""
+    Half of a plain step's time goes into what lies between its operations: modules, a dimension of length 1, more
+    conversions and views. Most of the rest goes into reading the weights, which store_for_cpu may halve.
+    """
+
+    def __init__(self, model, sample, eos_id):
+        self.model, self.sample, self.eos_id = model, sample, eos_id
+        self.cache = KVCache(model.config, 1, model.wte.weight.device, model.wte.weight.dtype)
+        self.output = one_row_matrix(model.wte)
+        self.blocks = [(block, one_row_matrix(block.attn.c_attn), one_row_matrix(block.attn.c_proj),
+                        one_row_matrix(block.mlp.c_fc), one_row_matrix(block.mlp.c_proj)) for block in model.blocks]
+
+    def __call__(self, token, seen, generator):
+        """The token (1,) after `token` (1, 1), the last of `seen` (1, S) and the first that the cache does not hold."""
+        model, config, place = self.model, self.model.config, self.cache.length
+        x = model.wte.weight[token.item(), None]  # (1, C)
+        if model.wpe is not None:
+            x = x + model.wpe.weight[place]
+        for (block, c_attn, attn_proj, c_fc, mlp_proj), (keys, values) in zip(self.blocks, self.cache.data):
+            qkv = multiply(block.ln_1(x), c_attn).to(x.dtype).view(3, 1, config.n_head, 1, -1)
+            q, k, v = qkv  # (1, H, 1, D)
+            if config.qk_norm:
+                q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+            if model.rope is not None:
+                q, k = rotate(torch.stack([q, k]) if config.qk_norm else qkv[:2], model.rope[:, place])
+            keys[:, :, place:place + 1] = k
+            values[:, :, place:place + 1] = v
+            y = F.scaled_dot_product_attention(q, keys[:, :, :place + 1], values[:, :, :place + 1])
+            x = x + multiply(y.view(1, -1), attn_proj)
+            gate, up = multiply(block.ln_2(x), c_fc).chunk(2, dim=1)
+            x = x + multiply(F.silu(gate) * up, mlp_proj)
+        self.cache.length += 1
+        return choose_token(multiply(model.ln_f(x), self.output), seen, self.sample, self.eos_id, generator)
+
+
+def one_row_matrix(module):
+    """The weight and bias that a CPUStep multiplies with: those of the module, or their copies by store_for_cpu."""
+    return getattr(module, "half_precision", (module.weight, getattr(module, "bias", None)))
+
+
+def multiply(x, matrix):
+    """x (1, in) times a matrix (out, in) and its bias, in the matrix's precision."""
+    weight, bias = matrix
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def store_for_cpu(model, dtype):
+    """Round the weights to `dtype` and lay them out for generation on a CPU.
+
+    The blocks' matrices are turned over in memory, since one row times such a matrix reads it in order. Of a half
+    precision a CPUStep gets copies, which are half as much to read. The products of many rows, which read a prompt,
+    are far slower in half precision on most CPUs: the weights themselves stay float32, rounded.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype).float()
+    for module in (model.wte, *model.blocks.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and dtype is not torch.float32:
+            bias = getattr(module, "bias", None)
+            module.half_precision = module.weight.data.to(dtype), None if bias is None else bias.data.to(dtype)
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def take_step(model, batch_size, sample, eos_id):
+    """The step of a model for these settings, None where the plain path is the one.
+
+    A DecodeStep is the caller's alone until put back, since two generations at once must not share a cache."""
     step, model.decode_step = model.decode_step, None
-    if not can_record(model):
-        return None
-    if step and step.key == DecodeStep.make_key(model, batch_size, sample):
-        return step
+    kind = step_kind(model, batch_size)
+    if kind is CPUStep:
+        return CPUStep(model, sample, eos_id)
+    if kind is None or step and step.key == DecodeStep.make_key(model, batch_size, sample, eos_id):
+        return step if kind else None
     step = None  # gives its memory back first
-    return DecodeStep(model, batch_size, sample)
+    return DecodeStep(model, batch_size, sample, eos_id)
 
 
-def can_record(model):
+def step_kind(model, batch_size):
+    """Which step can do what the plain path does: DecodeStep, CPUStep or None."""
+    device = model.wte.weight.device.type
     # autocast keeps converted weights, which would be read after they are freed; dropout has a random state of its own.
-    return model.wte.weight.is_cuda and not model.training and not torch.is_autocast_enabled("cuda")
+    if model.training or torch.is_autocast_enabled(device):
+        return None
+    return DecodeStep if device == "cuda" else CPUStep if device == "cpu" and batch_size == 1 else None
 
 
 # Sampling: pure functions on logits (B, V). A removed token is -inf.
 
 def penalize_repetition(logits, seen, penalty, eos_id):
-    """Divide positive and multiply negative scores of the tokens in seen (B, S) once each (CTRL, Keskar et al. 2019).
+    """Penalise the tokens in seen (B, S), once each; never the end of the story, else stories would grow with the window."""
+    used = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, seen, True)
+    used[:, eos_id] = False
+    return penalize_used(logits, used, penalty)
 
-    The end of the story is never penalised, else stories would grow with the window.
-    """
-    score = logits.gather(1, seen)
-    penalized = logits.scatter(1, seen, torch.where(score > 0, score / penalty, score * penalty))
-    penalized[:, eos_id] = logits[:, eos_id]
-    return penalized
+
+def penalize_used(logits, used, penalty):
+    """Divide positive and multiply negative scores where used (B, V) says so (CTRL, Keskar et al. 2019)."""
+    return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def penalize_phrases(logits, seen, multiplier, base, allowed_length):
@@ -448,7 +539,8 @@ def read_checkpoint(path):
         raise UserError(f"{path} is not a whole checkpoint of this program ({first_line(error)}). "
                         "Use another one, or train again with `python train.py`.") from error
     needed = dict(format=int, model_config=dict, model=dict, tokenizer=torch.Tensor)
-    if not isinstance(contents, dict) or not all(isinstance(contents.get(key), kind) for key, kind in needed.items()):
+    ours = isinstance(contents, dict) and all(isinstance(contents.get(key), kind) for key, kind in needed.items())
+    if not ours or contents["tokenizer"].dtype is not torch.uint8 or not is_plain(contents["tokenizer"]):
         raise UserError(f"{path} is not a checkpoint of this program: train one with `python train.py`.")
     if contents["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} has checkpoint format {contents['format']}, this program reads {CHECKPOINT_FORMAT}: "
@@ -468,21 +560,16 @@ def build_model(contents, where):
         wrong = min((name for name in expected | found if expected.get(name) != found.get(name)), key=str)
         raise UserError(f"{where}: {wrong} is {found.get(wrong, 'missing')}, and by its settings should be "
                         f"{expected.get(wrong, 'missing')}: the file is damaged; train again with `python train.py`.")
-    if not all(weight.isfinite().all() for weight in contents["model"].values()):
+    if not all(is_plain(weight) and weight.isfinite().all() for weight in contents["model"].values()):
         raise UserError(f"{where} holds weights that are not finite: use another checkpoint.")
     model.load_state_dict(contents["model"], assign=True)
     model.init_rope()  # not saved, and only a shape so far
     return model.eval()
 
 
-def store_by_columns(model):
-    """Turn the blocks' matrices over in memory, for generation on a CPU: one row times such a matrix reads it in order.
-
-    Measured: 6 to 21% more tokens a second, the same tokens.
-    """
-    for weight in model.blocks.parameters():
-        if weight.dim() == 2:
-            weight.data = weight.data.t().contiguous().t()
+def is_plain(tensor):
+    """Whether a tensor has all its numbers, as ours do: not sparse, and no mere shape (torch's meta device)."""
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def describe_weight(weight):

@@ -63,7 +63,7 @@ def read_json(path):
 # The form of the files that this program writes, for has_form.
 SHARD = dict(file=str, tokens=int, bytes=int, stories=int, sha256=str, min_id=int, max_id=int)
 META = dict(format=int, source=str, vocab_size=int, tokenizer=dict(file=str, sha256=str), arguments=dict, train=[SHARD],
-            val=[SHARD])
+            val=[SHARD], sha256=str)
 FLOOR = dict(nats_per_token=float, bits_per_byte=float)
 PLAN = dict(arguments=dict, files=dict, sha256=str)
 FILES = {".bin": SHARD, ".model": dict(sha256=str), ".parquet": dict(stories=int, bytes=int)}
@@ -330,12 +330,10 @@ def read_meta(folder):
                             f"{prepare_command(folder, plan and plan.arguments)} to go on.")
         raise UserError(f"there is no prepared corpus in {folder} (no meta.json): run {prepare_command(folder)} first, "
                         "or pass --data-dir.")
-    optional = dict(floor=FLOOR, sha256=str)
-    form = META | {key: optional[key] for key in optional if isinstance(meta, dict) and key in meta}
-    whole = has_form(meta, form) and meta.get("sha256", digest(meta)) == digest(meta) and all(
-        OURS.fullmatch(entry["file"]) and entry.get("stories") != 0
-        for entry in [meta["tokenizer"], *meta["train"], *meta["val"]])
-    if not whole or meta["format"] != FORMAT:
+    whole = has_form(meta, META) or has_form(meta, META | dict(floor=FLOOR))
+    if not whole or meta["format"] != FORMAT or meta["sha256"] != digest(meta) or not all(
+            OURS.fullmatch(entry["file"]) and entry.get("stories") != 0
+            for entry in [meta["tokenizer"], *meta["train"], *meta["val"]]):
         raise UserError(f"{folder / 'meta.json'} is damaged or not of format {FORMAT}, the one that this version "
                         f"reads: run {prepare_command(folder, None, '--overwrite')}.")
     return meta

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import chat
 import config
+import export
 import plot_loss
 import preprocess
 import train
@@ -177,6 +178,23 @@ def test_the_state_of_best_is_not_one_to_go_on_from(data, tmp_path):
     fit(data, tmp_path)
     (tmp_path / "best.pt").replace(tmp_path / "ckpt.pt")
     assert "lacks optimizer" in call(train, ["--resume", "--data-dir", data, "--out-dir", tmp_path], 1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensor: tensor.bfloat16(), lambda tensor: tensor.cfloat(), lambda tensor: tensor.to_sparse(),
+    lambda tensor: tensor.to("meta"), lambda tensor: tensor[:0], lambda tensor: tensor.tolist()])
+@pytest.mark.parametrize("name", ["tokenizer", "wte.weight"])
+def test_tensors_of_other_kinds_than_ours_are_refused(data, tmp_path, name, change):
+    fit(data, tmp_path)
+    contents = torch.load(tmp_path / "best.pt", weights_only=True)
+    place = contents if name in contents else contents["model"]
+    place[name] = change(place[name])
+    torch.save(contents, tmp_path / "best.pt")
+    for script, arguments in ((chat, ["--prompt", "A", "--device", "cpu"]),
+                              (export, ["--format", "pt", "--output", tmp_path / "new.pt"]),
+                              (export, ["--format", "tokenizer", "--output", tmp_path / "new.model"])):
+        assert call(script, [*arguments, "--out-dir", tmp_path], 1).count("Error: ") == 1
+    assert not list(tmp_path.glob("new*"))
 
 
 @pytest.mark.parametrize("progress", [None, [], {"iter": "x", "best_val": None}, {"iter": math.nan, "best_val": "y"}])

@@ -184,7 +184,8 @@ def strange_checkpoint(path, rng, scene):
     if isinstance(before, torch.Tensor) and kind < 2:
         place[key] = rng.choice([before.double(), before.flatten()[:-1], torch.full_like(before, float("nan")) if (
             before.is_floating_point()) else before.float() * float("nan"),
-                                 before[None], torch.zeros(0), torch.zeros(3, dtype=torch.int64)])
+                                 before[None], torch.zeros(0), torch.zeros(3, dtype=torch.int64), before.bfloat16(),
+                                 before.to_sparse(), before.to("meta"), before.cfloat()])
     elif kind == 2 and not isinstance(place, list) and place is not contents.get("train_config") and (
             place is not contents.get("model_config")):
         del place[key]
