@@ -22,7 +22,7 @@ import torch
 import preprocess
 from config import (COMMAND_LINE, GroupedCommand, SampleConfig, SettingOption, TrainConfig, UserError, pick,
                     setting_options, value_types)
-from model import build_model, choose_device, choose_dtype, read_checkpoint, store_by_columns
+from model import build_model, choose_device, choose_dtype, read_checkpoint, store_for_cpu
 
 WELCOME = """\
 This is a base model: it does not answer, it continues your text.
@@ -121,10 +121,11 @@ def load_writer(path, device, dtype):
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}: "
                         "the file is damaged; train again with `python train.py`.")
     model.to(device)
-    for weight in model.parameters():  # not model.to(dtype): the tables of rotary positions stay float32
-        weight.data = weight.data.to(dtype)
     if device.type == "cpu":
-        store_by_columns(model)
+        store_for_cpu(model, dtype)
+    else:
+        for weight in model.parameters():  # not model.to(dtype): the tables of rotary positions stay float32
+            weight.data = weight.data.to(dtype)
     progress = contents["progress"] if isinstance(contents.get("progress"), dict) else {}  # only said, not needed
     it, best = progress.get("iter"), progress.get("best_val")
     seen = f", iteration {it:,}" if type(it) is int else ""

@@ -235,7 +235,7 @@ class GPT(nn.Module):
                     return
                 yield shown
         finally:
-            self.decode_step = step if isinstance(step, DecodeStep) else None
+            self.decode_step = step
 
 
 class DecodeStep:
@@ -529,10 +529,11 @@ def read_checkpoint(path):
         raise UserError(f"no checkpoint at {path}: train a model with `python train.py`, or name another file.")
     try:
         with open(path, "rb") as file:
-            # torch.load ignores the checksums, so a weight that changed on the disk would go unnoticed.
-            damaged = zipfile.ZipFile(file).testzip()
-            if damaged:
-                raise ValueError(f"{damaged} is damaged")
+            # torch.load ignores the checksums, so a weight that changed on the disk would go unnoticed; and of an entry
+            # marked as a folder (0x10) it reads nothing, and gives the memory as it lies.
+            archive = zipfile.ZipFile(file)
+            if archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist()):
+                raise ValueError("a part of it is damaged")
             file.seek(0)
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
