@@ -340,15 +340,17 @@ def evaluate(model, validation, batch_size, device, dtype):
     return result | (dict(floor=validation.floor) if validation.floor is not None else {})
 
 
-def sample_story(model, tokenizer, tokens, seed, device, dtype):
-    """A story from an empty prompt. It draws from a generator of its own, so training does not notice."""
+def sample_story(model, tokenizer, tokens, seed, device):
+    """A story from an empty prompt, in float32: autocast would convert all weights for each token.
+
+    It draws from a generator of its own, so training does not notice.
+    """
     was_training = model.training
     model.eval()
     generator = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([tokenizer.encode_prompt("")], device=device)
-    with autocast(device, dtype):
-        ids = [int(token) for token in model.generate(prompt, SampleConfig(max_new_tokens=tokens),
-                                                      tokenizer.eos_id, generator)]
+    ids = [int(token) for token in model.generate(prompt, SampleConfig(max_new_tokens=tokens), tokenizer.eos_id,
+                                                  generator)]
     model.train(was_training)
     return tokenizer.decode(ids)
 
@@ -398,10 +400,10 @@ class LossNotFinite(Exception):
 
 
 def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
-    """One optimizer update over `count` micro-batches (x, y): (mean loss, gradient norm, was it skipped).
+    """One optimizer update over `count` micro-batches (x, y). What is returned waits for the device when it is called.
 
-    Where loss or gradient is not finite nothing changes: a GradScaler lowers its scale, without one it is LossNotFinite.
-    The update is queued before its outcome is known, so that the device need not wait for Python.
+    Then it gives (mean loss, gradient norm, was it skipped). Where loss or gradient is not finite nothing has changed: a
+    GradScaler has lowered its scale, without one it raises LossNotFinite.
     """
     mean = torch.zeros((), device=device)
     for step, (x, y) in enumerate(batches, 1):
@@ -415,15 +417,18 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     outcome = torch.stack([mean, norm])
     found_inf = 1 - outcome.isfinite().all().float()
-    outcome = start_reading(outcome)
+    read = start_reading(outcome)
     optimizer.step(found_inf)
     scaler.update()
     optimizer.zero_grad()
-    loss, norm = outcome()  # the one wait for the device in an iteration
-    skipped = scaler.is_enabled() and not math.isfinite(norm)
-    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-        raise LossNotFinite
-    return loss, norm, skipped
+
+    def wait():
+        loss, norm = read()
+        skipped = scaler.is_enabled() and not math.isfinite(norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+            raise LossNotFinite
+        return loss, norm, skipped
+    return wait
 
 
 def start_reading(tensor):
@@ -674,7 +679,7 @@ class Run:
         self.set_compiled(config.compile == "on" or (world_size() > 1 and config.compile == "auto"
                                                      and can_compile(self.device)))
         self.scaler = make_scaler(self.device, self.dtype)
-        self.progress = Progress()
+        self.progress, self.skipped_in_a_row, self.outcomes = Progress(), 0, []
         if contents:
             self.restore(contents)
         if rank() > 0:  # dropout of its own; the first process goes on with the saved state
@@ -757,17 +762,15 @@ class Run:
                 member.update = torch.compile(muon_update) if compiled else muon_update
 
     def iteration(self, log):
-        """One update, as train_step returns it. Falls back where memory runs out or compiling fails."""
+        """Queue one update, whose outcome `settle` waits for. Falls back where memory runs out or compiling fails."""
         while True:
             try:
                 batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device,
                                                     rank(), world_size())
-                return train_step(self.forward, self.model, batches, self.count, self.optimizer, self.scaler,
-                                  self.config, self.device, self.dtype)
+                return self.outcomes.append(train_step(self.forward, self.model, batches, self.count, self.optimizer,
+                                                       self.scaler, self.config, self.device, self.dtype))
             except torch.OutOfMemoryError:
                 failure = None
-            except LossNotFinite:
-                raise
             except Exception as error:  # whatever a compiler raises; TritonMissing comes only here, at the first call
                 if not self.compiled:
                     raise
@@ -778,6 +781,25 @@ class Run:
             else:
                 log.say(f"torch.compile does not work here ({failure}): going on without it.")
                 self.set_compiled(False)
+
+    def settle(self, under_way=0):
+        """Take the outcomes of all but the last `under_way` iterations into the progress; the last one's gradient norm."""
+        norm = None
+        while len(self.outcomes) > under_way:
+            it, outcome = self.progress.iter + 1 - len(self.outcomes), self.outcomes.pop(0)
+            try:
+                loss, norm, skipped = outcome()
+            except LossNotFinite:
+                raise UserError(loss_advice(self, f"the loss or its gradient is no longer finite at iteration {it}; "
+                                            "nothing was changed by it")) from None
+            self.progress.loss_sum += loss
+            self.progress.loss_count += 1
+            self.progress.skipped += skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if self.skipped_in_a_row > SKIPS_IN_A_ROW:
+                raise UserError(loss_advice(self, f"{self.skipped_in_a_row} iterations in a row, up to {it}, had an "
+                                            "infinite gradient and changed nothing"))
+        return norm
 
     def start_iteration_again(self):
         """Forget a half-done iteration. A scaler remembers that it has unscaled, so it is made anew from its state."""
@@ -802,7 +824,7 @@ class Run:
         log.say(line)
         if self.progress.iter and self.config.sample_tokens:
             log.say("  " + sample_story(self.model, self.corpus.tokenizer, self.config.sample_tokens,
-                                        self.config.seed + self.progress.iter, self.device, self.dtype).strip())
+                                        self.config.seed + self.progress.iter, self.device).strip())
         if self.progress.iter and result["val_loss"] < self.progress.best_val:
             self.progress.best_val = result["val_loss"]
             self.check_finite()
@@ -834,42 +856,36 @@ def can_compile(device):
 def train(run, log):
     """Run iterations until max_iters or a request to stop; returns the signal that asked, or None."""
     config, progress = run.config, run.progress
-    first, saved_at, bad_updates = progress.iter, time.monotonic(), 0
+    first, saved_at, stopped_by = progress.iter, time.monotonic(), None
     with StopRequest() as stop:
         if progress.iter == 0:
             run.evaluate(log, run.validation)
-        while progress.iter < config.max_iters and not stop.signal:
+        while progress.iter < config.max_iters and not stopped_by:
             share = learning_rate_share(progress.iter, config)
             run.optimizer.set_share(share)
             started = time.perf_counter()
-            try:
-                loss, norm, skipped = run.iteration(log)
-            except LossNotFinite:
-                raise UserError(loss_advice(run, f"the loss or its gradient is no longer finite at iteration "
-                                            f"{progress.iter + 1}; nothing was changed by it")) from None
-            each = time.perf_counter() - started
+            run.iteration(log)
             progress.iter += 1
-            progress.seconds += each
-            progress.loss_sum += loss
-            progress.loss_count += 1
-            progress.skipped += skipped
-            bad_updates = bad_updates + 1 if skipped else 0
             last = progress.iter == config.max_iters
-            if bad_updates > SKIPS_IN_A_ROW:
-                raise UserError(loss_advice(run, f"{bad_updates} iterations in a row, up to {progress.iter}, had an "
-                                            "infinite gradient and changed nothing"))
+            reported = progress.iter % config.log_interval == 0 or last
+            evaluated = progress.iter % config.eval_interval == 0 or last
+            stopped_by = stop.shared(run.device)
+            saved = stopped_by or evaluated or time.monotonic() - saved_at > 60 * config.save_minutes
+            # The iteration before is looked at while the device works on this one; this one only where it must be known.
+            norm = run.settle(0 if reported or saved else 1)
+            each = time.perf_counter() - started
+            progress.seconds += each
             if progress.iter == first + 4 and worth_compiling(run, each * (config.max_iters - progress.iter)):
                 run.set_compiled(True)
-            if progress.iter % config.log_interval == 0 or last:
+            if reported:
                 log.training(progress, peak_lr(config) * share, norm, run.scaler.get_scale(), run.device)
                 progress.loss_sum, progress.loss_count = 0.0, 0
-            evaluated = progress.iter % config.eval_interval == 0 or last
             if evaluated:
                 run.evaluate(log, run.final_validation() if last else run.validation)
-            if stop.shared(run.device) or evaluated or time.monotonic() - saved_at > 60 * config.save_minutes:
+            if saved:
                 run.save()
                 saved_at = time.monotonic()
-        return stop.signal
+        return stopped_by
 
 
 def loss_advice(run, happened):
@@ -975,9 +991,9 @@ def print_plan(run, log):
     for _ in range(PLAN_ITERS):
         started = time.perf_counter()
         run.iteration(log)
-        torch.cuda.synchronize(run.device)
-        seconds.append(time.perf_counter() - started)
         run.progress.iter += 1
+        run.settle(under_way=1)
+        seconds.append(time.perf_counter() - started)
     each = sorted(seconds)[len(seconds) // 2]
     peak = torch.cuda.max_memory_allocated(run.device)
     log.say(f"Measured over {PLAN_ITERS} iterations: peak {peak / 2**20:,.0f} MiB, "

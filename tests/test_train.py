@@ -279,7 +279,7 @@ def gradients_after(batches):
     caught = SimpleNamespace(param_groups=[dict(params=list(model.parameters()))], zero_grad=lambda: None,
                              step=lambda found_inf: None)
     losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught,
-                                       make_scaler(CPU, torch.float32), TrainConfig(grad_clip=0.0), CPU, torch.float32)
+                                       make_scaler(CPU, torch.float32), TrainConfig(grad_clip=0.0), CPU, torch.float32)()
     return [weight.grad for weight in model.parameters()], losses
 
 
@@ -308,7 +308,7 @@ def test_gradients_are_unscaled_before_they_are_clipped():
         model = GPT(TINY)
         optimizer = make_optimizer(model, TrainConfig())
         _, norm, skipped = train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, optimizer, scaler,
-                                      TrainConfig(grad_clip=0.01), CPU, torch.float32)
+                                      TrainConfig(grad_clip=0.01), CPU, torch.float32)()
         norms.append((norm, skipped, model.wte.weight.detach().clone()))
     assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5) and norms[0][1] == norms[1][1] == False  # noqa: E712
     assert torch.allclose(norms[0][2], norms[1][2], atol=1e-6)
@@ -323,7 +323,7 @@ def test_an_infinite_gradient_leaves_weights_and_moments_as_they_were_and_is_cou
 
     def step():
         return train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, optimizer, scaler, config, CPU,
-                          torch.float32)
+                          torch.float32)()
 
     def learned():
         moments = [value for member in optimizer.members for entry in member.state.values() for value in entry.values()]
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     rows = torch.full((1, 9), 7)
     with pytest.raises(LossNotFinite):
         train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, make_optimizer(model, TrainConfig()),
-                   make_scaler(CPU, torch.float32), TrainConfig(), CPU, torch.float32)
+                   make_scaler(CPU, torch.float32), TrainConfig(), CPU, torch.float32)()
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -403,9 +403,9 @@ def test_the_logged_loss_is_the_mean_of_all_micro_batches_since_the_last_line(da
     real = train.train_step
 
     def remember(*args):
-        result = real(*args)
+        result = real(*args)()
         losses.append(result[0])
-        return result
+        return lambda: result
 
     monkeypatch.setattr(train, "train_step", remember)
     run_train(data, tmp_path, "--max-iters", 4, "--log-interval", 7, "--batch-size", 2, "--block-size", 32)
@@ -449,6 +449,20 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, mo
     monkeypatch.setattr(train, "train_step", real)
     resume(data, tmp_path / "halves")
     assert same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_signal_after_the_question_whether_to_stop_is_answered_one_iteration_later_with_a_save(data, tmp_path,
+                                                                                              monkeypatch):
+    real = train.Log.training
+
+    def interrupt(log, progress, *rest):
+        if progress.iter == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real(log, progress, *rest)
+
+    monkeypatch.setattr(train.Log, "training", interrupt)
+    assert "saved at iteration 7" in run_train(data, tmp_path, expect=130).output
+    assert read_checkpoint(tmp_path / "ckpt.pt")["progress"]["iter"] == 7
 
 
 def wait_for_line(process, text, seconds=90):

@@ -67,6 +67,7 @@ def prepare_ours(job, folder):
         run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
         run.iteration(log)
         run.progress.iter += 1
+        run.settle(under_way=1)  # as train.py does between two lines of its log
     return iterate, run.config.tokens_per_iter, lambda: run.compiled
 
 
@@ -88,7 +89,7 @@ def prepare_peer(job):
 def iteration_seconds(iterate, warmup, count):
     """(seconds of the first, which compiles; seconds of each of `count` later ones).
 
-    No wait is added between iterations: each one waits for the card itself, when it asks whether gradients are finite.
+    No wait is added between iterations: each one waits for the card itself, to know whether gradients were finite.
     """
     started = time.perf_counter()
     iterate()
