@@ -173,8 +173,8 @@ def draw_panels(path, panels, x_label, y_label):
 # What the columns of several tables show.
 
 def rate(row):
-    return f"{row['tokens_per_second'] / 1e6:.2f} M" if row["tokens_per_second"] >= 1e6 else (
-        f"{row['tokens_per_second'] / 1e3:.0f} k")
+    each = row["tokens_per_second"]
+    return f"{each / 1e6:.2f} M" if each >= 1e6 else f"{each:,}"
 
 
 def final(row):
