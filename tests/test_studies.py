@@ -55,7 +55,7 @@ def pretend(monkeypatch):
         given = settings_of(command[2:])
         assert Path(command[1]) == ROOT / "train.py"
         commands.append(given)
-        time.sleep(0.05 if given["dropout"] == 0 else 0)
+        time.sleep(0.2 if given["dropout"] == 0 else 0)
         if given["dtype"] == "bfloat16":
             print("Error: no bfloat16 here.", file=log)
             return 1
@@ -130,6 +130,7 @@ def test_fifteen_runs_several_at_a_time_come_in_their_order(data, tmp_path, pret
     study("regularization", *where, "--work-dir", tmp_path / "work", "--jobs", 4)
     rows = json.loads((tmp_path / "work" / "regularization.json").read_text())["rows"]
     assert [row["corpus"] for row in rows] == ["part10"] * 5 + ["part30"] * 5 + ["part100"] * 5
+    assert [row["setting"].split(",")[0] for row in rows[:3]] == ["dropout 0", "dropout 0.1", "dropout 0.2"]
     asked = {(given["data_dir"], given["dropout"], given["weight_decay"]) for given in pretend}
     assert asked == {(str(folder), *way) for folder in folders
                      for way in ((0, 0.1), (0.1, 0.1), (0.2, 0.1), (0.1, 0), (0.1, 0.5))}
