@@ -341,57 +341,61 @@ class DecodeStep:
 class CPUStep:
     """One step of one story on a CPU: what GPT.hidden, GPT.logits and choose_token say, in a straight line.
 
-    Half of a plain step's time goes into what lies between its operations: modules, a dimension of length 1, more
-    conversions and views. Most of the rest goes into reading the weights, which store_for_cpu may halve.
+    Half of a plain step's time goes into what lies between its operations: modules, attributes, a dimension of length
+    1. Most of the rest goes into reading the weights, which store_for_cpu may halve.
     """
 
     def __init__(self, model, sample, eos_id):
         self.model, self.sample, self.eos_id = model, sample, eos_id
         self.cache = KVCache(model.config, 1, model.wte.weight.device, model.wte.weight.dtype)
         self.output = one_row_matrix(model.wte)
-        self.blocks = [(block, one_row_matrix(block.attn.c_attn), one_row_matrix(block.attn.c_proj),
-                        one_row_matrix(block.mlp.c_fc), one_row_matrix(block.mlp.c_proj)) for block in model.blocks]
+        self.blocks = [(block.attn, block.ln_1.weight, one_row_matrix(block.attn.c_attn),
+                        one_row_matrix(block.attn.c_proj), block.ln_2.weight, one_row_matrix(block.mlp.c_fc),
+                        one_row_matrix(block.mlp.c_proj)) for block in model.blocks]
 
     def __call__(self, token, seen, generator):
         """The token (1,) after `token` (1, 1), the last of `seen` (1, S) and the first that the cache does not hold."""
         model, config, place = self.model, self.model.config, self.cache.length
+        size = (config.n_embd,)
         x = model.wte.weight[token.item(), None]  # (1, C)
         if model.wpe is not None:
             x = x + model.wpe.weight[place]
-        for (block, c_attn, attn_proj, c_fc, mlp_proj), (keys, values) in zip(self.blocks, self.cache.data):
-            qkv = multiply(block.ln_1(x), c_attn).to(x.dtype).view(3, 1, config.n_head, 1, -1)
-            q, k, v = qkv  # (1, H, 1, D)
+        rope = None if model.rope is None else model.rope[:, place]
+        for (attn, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), (keys, values) in zip(self.blocks, self.cache.data):
+            qkv = multiply(F.rms_norm(x, size, ln_1, NORM_EPS), c_attn)
+            qk, v = qkv.to(x.dtype).view(3, 1, config.n_head, 1, -1).split([2, 1])
             if config.qk_norm:
-                q, k = block.attn.q_norm(q), block.attn.k_norm(k)
-            if model.rope is not None:
-                q, k = rotate(torch.stack([q, k]) if config.qk_norm else qkv[:2], model.rope[:, place])
+                qk = torch.stack([attn.q_norm(qk[0]), attn.k_norm(qk[1])])
+            q, k = qk if rope is None else rotate(qk, rope)  # (1, H, 1, D)
             keys[:, :, place:place + 1] = k
-            values[:, :, place:place + 1] = v
+            values[:, :, place:place + 1] = v[0]
             y = F.scaled_dot_product_attention(q, keys[:, :, :place + 1], values[:, :, :place + 1])
             x = x + multiply(y.view(1, -1), attn_proj)
-            gate, up = multiply(block.ln_2(x), c_fc).chunk(2, dim=1)
+            gate, up = multiply(F.rms_norm(x, size, ln_2, NORM_EPS), c_fc).chunk(2, dim=1)
             x = x + multiply(F.silu(gate) * up, mlp_proj)
         self.cache.length += 1
         return choose_token(multiply(model.ln_f(x), self.output), seen, self.sample, self.eos_id, generator)
 
 
 def one_row_matrix(module):
-    """The weight and bias that a CPUStep multiplies with: those of the module, or their copies by store_for_cpu."""
-    return getattr(module, "half_precision", (module.weight, getattr(module, "bias", None)))
+    """The weight (in, out) and the bias that a CPUStep uses: a module's own, or their copies by store_for_cpu."""
+    weight, bias = getattr(module, "half_precision", (module.weight, getattr(module, "bias", None)))
+    return weight.t(), bias
 
 
 def multiply(x, matrix):
-    """x (1, in) times a matrix (out, in) and its bias, in the matrix's precision."""
+    """x (1, in) times a matrix of one_row_matrix, in the matrix's precision."""
     weight, bias = matrix
-    return F.linear(x.to(weight.dtype), weight, bias)
+    y = x.to(weight.dtype) @ weight
+    return y if bias is None else y + bias
 
 
 def store_for_cpu(model, dtype):
     """Round the weights to `dtype` and lay them out for generation on a CPU.
 
     The blocks' matrices are turned over in memory, since one row times such a matrix reads it in order. Of a half
-    precision a CPUStep gets copies, which are half as much to read. The products of many rows, which read a prompt,
-    are far slower in half precision on most CPUs: the weights themselves stay float32, rounded.
+    precision a CPUStep gets copies, which are half as much to read; the weights themselves stay float32, since
+    most CPUs are slow at products of many half-precision rows, and a prompt has many.
     """
     for weight in model.parameters():
         weight.data = weight.data.to(dtype).float()
@@ -453,6 +457,7 @@ def penalize_phrases(logits, seen, multiplier, base, allowed_length):
     same = before == seen[:, None, -longest:]
     n = same.flip(2).int().cumprod(dim=2).sum(dim=2)  # (B, S-1): how many of them the end repeats
     penalty = torch.where(n >= allowed_length, multiplier * base ** (n - allowed_length).float(), 0.0)
+    penalty = penalty.clamp(max=1e30)  # infinite ones, on all tokens, would leave none
     return logits - torch.zeros_like(logits).scatter_reduce(1, seen[:, 1:], penalty, "amax")
 
 
@@ -468,6 +473,7 @@ def keep_top_p(logits, p):
     """Keep the fewest tokens, likeliest first, whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
     probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
     before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))  # what the likelier tokens already reach
+    p = max(p, 1e-30)  # in float32 smaller ones are 0, which leaves no token
     return logits.masked_fill((before >= p).scatter(1, order, before >= p), -math.inf)
 
 
@@ -602,12 +608,16 @@ def cuda_hint():
             "pytorch.org/get-started/locally gives the command that installs the right one. ")
 
 
-def choose_dtype(name, device):
-    """torch.dtype of the matrix products; auto is float16 on CUDA from Volta on, else float32."""
+def choose_dtype(name, device, generating=False):
+    """torch.dtype of the matrix products; auto is float16 on CUDA from Volta on, else float32.
+
+    A model that only generates takes float16 on a CPU too (see store_for_cpu), and auto is that.
+    """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    on_cpu = generating and device.type == "cpu"
     if name == "auto":
-        return torch.float16 if major >= 7 else torch.float32
-    if name == "float16" and device.type != "cuda":
+        return torch.float16 if major >= 7 or on_cpu else torch.float32
+    if name == "float16" and device.type != "cuda" and not on_cpu:
         raise UserError(f"dtype float16 needs CUDA, and the device is {device.type}: use --dtype float32.")
     # torch.cuda.is_bf16_supported() counts emulation, which is slow; Ampere is the first to have it in hardware.
     if name == "bfloat16" and device.type == "cuda" and major < 8:

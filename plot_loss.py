@@ -58,15 +58,18 @@ def read_metrics(path):
             if number == len(texts):  # no newline yet: train.py is writing this line now
                 continue
             line = None
-        numbers = isinstance(line, dict) and all(value is None or isinstance(value, (int, float)) and abs(value) < 1e300
-                                                 for value in line.values())
-        if not numbers or type(line.get("iter")) is not int or line["iter"] < 0:
+        if not isinstance(line, dict) or not all(map(is_number, line.values())) or type(line.get("iter")) is not int:
             raise UserError(f"{path}, line {number}: {text[:40]!r} is not a line of a training log. Delete it, then "
                             f"type: python plot_loss.py {path.parent}")
         for kind, name in ((train, "train_loss"), (val, "val_loss")):
             if name in line:
                 kind[line["iter"]] = line
     return [train[i] for i in sorted(train)], [val[i] for i in sorted(val)]
+
+
+def is_number(value):
+    """Whether train.py may have written a value: nothing there is negative or past its 64-bit integer, 32-bit float."""
+    return value is None or isinstance(value, (int, float)) and 0 <= value < (2**63 if isinstance(value, int) else 4e38)
 
 
 def read_run(folder):
@@ -201,7 +204,7 @@ def draw_loss(axis, runs, labels, key, divisor, start, smooth, log):
     text = dict(color=PALE, fontsize=9.5, textcoords="offset points", xycoords=axis.get_yaxis_transform())
     if len(floors) == 1:
         floor = floors.popitem()[1]
-        low = min(low, floor)
+        low, high = min(low, floor), max(high, floor)
         axis.axhline(floor, color=PALE, linewidth=1, linestyle=(0, (1, 1.5)))
         axis.annotate(f"floor of this corpus: {floor:.3f}", (0.01, floor), xytext=(0, -3), va="top", **text)
     if len(vocabularies) == 1:
@@ -268,10 +271,13 @@ def draw(runs, output, x="iteration", smooth=None, panels=(), log_x=False, log_y
     key = "iter" if x == "iteration" else x
     longest = max(line.get(key) or 0 for run in runs for line in run.train + run.val)
     runs = [replace(run, **{kind: [line for line in getattr(run, kind) if line.get(key) is not None
-                                   and (line[key] > 0 or not log_x)] for kind in ("train", "val")}) for run in runs]
+                                   and (line[key] > 0 or not log_x)
+                                   and (line[f"{kind}_loss"] is None or line[f"{kind}_loss"] > 0 or not log_y)]
+                            for kind in ("train", "val")}) for run in runs]
     if all(line.get(name) is None for name in ("train_loss", "val_loss")
            for run in runs for line in run.train + run.val):
-        raise UserError(f"no line of the log has a place on this axis ({x}). Type: --x iteration, without --log-x")
+        raise UserError(f"no line of the log has a place on these axes ({x}). Type: --x iteration, without --log-x and "
+                        "--log-y")
     divisor, x_label = next((divisor, label) for least, divisor, label in UNITS[x] if longest >= least)
     longest = longest / divisor or 1
     start = 0 if log_x else 0.05 * longest

@@ -842,14 +842,20 @@ def write_text_file(path, texts):
     return dict(stories=stories, bytes=size)
 
 
-def read_text_file(path):
-    """Yield the stories of a file that write_text_file wrote; UserError where it has changed since."""
+def read_text_file(path, entry):
+    """Yield the stories of a file for which write_text_file returned `entry`; UserError where it has changed since."""
     import pyarrow.parquet
+    stories = size = 0
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
-                yield from file.read_row_group(group).column("text").to_pylist()
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+                for text in file.read_row_group(group).column("text").to_pylist():
+                    stories, size = stories + 1, size + len(text.encode())
+                    yield text
+        # The footer has no checksum: rows may be missing, or bytes in the place of text.
+        if dict(stories=stories, bytes=size) != entry:
+            raise ValueError(f"{stories} stories in {size} bytes instead of {entry['stories']} in {entry['bytes']}")
+    except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): delete the folder {path.parent}, then run "
                         "`python preprocess.py prepare-dataset` again.") from error
 
@@ -1016,7 +1022,7 @@ def training_text(text):
     """Yield the training stories of the text that a plan describes, in order."""
     for name in sorted(text.files):
         if name.startswith("train"):
-            yield from read_text_file(text.folder / name)
+            yield from read_text_file(text.folder / name, text.files[name])
 
 
 def train_vocab(data_dir, vocab_size, overwrite):
@@ -1082,12 +1088,12 @@ def train_sentencepiece(texts, vocab_size):
                     "pass --dataset with more text.")
 
 
-def encode_files(tokenizer, paths, workers):
-    """Yield (path, stories, ids) batch by batch, in order, encoded on `workers` threads.
+def encode_files(tokenizer, files, workers):
+    """Yield (path, stories, ids) batch by batch, in order, encoded on `workers` threads; `files`: {path: its entry}.
 
     Threads are enough, and no process can outlive its parent: SentencePiece works outside the interpreter's lock.
     """
-    tasks = ((path, batch) for path in paths for batch in batches(read_text_file(path)))
+    tasks = ((path, batch) for path, entry in files.items() for batch in batches(read_text_file(path, entry)))
     waiting = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -1138,17 +1144,17 @@ def pretokenize(data_dir, workers, overwrite):
     if missing:
         tokenizer = Tokenizer.from_file(plan.folder / tokenizer_file(plan.arguments))
         size = sum(text.files[file]["bytes"] for file in missing)
-        encoded = encode_files(tokenizer, [text.folder / file for file in missing], workers)
+        encoded = encode_files(tokenizer, {text.folder / file: text.files[file] for file in missing}, workers)
         counted = Progress(encoded, "tokens", "bytes", size, lambda item: sum(map(len, item[1])))
         for path, group in itertools.groupby(counted, key=lambda item: item[0]):
             plan.add(shards[path.name], write_shard(plan.folder / shards[path.name], group))
         seconds = time.monotonic() - start
         tokens = sum(plan.files[shards[file]]["tokens"] for file in missing)
         click.echo(f"tokens: {tokens:,} in {seconds:.1f} s, {tokens / seconds:,.0f} a second.")
-    finish(data_dir, plan)
+    finish(data_dir, plan, text)
 
 
-def finish(data_dir, plan):
+def finish(data_dir, plan, text):
     """Move the finished files in place, meta.json last. Can be stopped and repeated at any moment."""
     arguments, files, name = plan.arguments, plan.files, tokenizer_file(plan.arguments)
     shards = [entry for file, entry in sorted(files.items()) if file.endswith(".bin")]
@@ -1157,7 +1163,8 @@ def finish(data_dir, plan):
                 train=[entry for entry in shards if entry["file"].startswith("train")],
                 val=[entry for entry in shards if entry["file"].startswith("val")])
     if arguments["dataset"] == "sample":
-        meta["floor"] = floor(read_text_file(data_dir / "text" / "val_000.parquet"), meta["val"])
+        stories = read_text_file(text.folder / "val_000.parquet", text.files["val_000.parquet"])
+        meta["floor"] = floor(stories, meta["val"])
     meta["sha256"] = digest(meta)
     (data_dir / "meta.json").unlink(missing_ok=True)
     for path in sorted(data_dir.iterdir()):

@@ -7,8 +7,11 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import plot_loss
+from config import UserError
 
 
 def train_line(i, loss, **other):
@@ -256,7 +259,10 @@ def test_a_log_without_a_loss_says_when_to_come_back(tmp_path, lines):
 
 
 @pytest.mark.parametrize("garbage", ["garbage", '{"iter": 20, "train_lo', "[1, 2]", '{"train_loss": 3.0}', "\0\0\0\0",
-                                     '{"iter": 20, "train_loss": "low"}', '{"iter": null, "train_loss": 1.0}'])
+                                     '{"iter": 20, "train_loss": "low"}', '{"iter": null, "train_loss": 1.0}',
+                                     '{"iter": -20, "train_loss": 1.0}', '{"iter": 20, "train_loss": -1.0}',
+                                     '{"iter": 20, "train_loss": 1e39}', '{"iter": 20, "val_loss": 1' + 99 * "0" + "}",
+                                     '{"iter": 20, "train_loss": 1.0, "tokens": -1}', "[" * 100_000])
 def test_garbage_in_the_middle_is_refused_by_its_line(tmp_path, garbage):
     run = write_run(tmp_path / "run", [train_line(10, 5.0), garbage, train_line(30, 4.0)])
     line = refusal(run)
@@ -268,6 +274,45 @@ def test_a_run_with_no_place_on_a_logarithmic_axis_says_what_to_type(tmp_path):
     run = write_run(tmp_path / "run", [val_line(0, 6.2), val_line(10, None)])
     result = plot(run, "--log-x")
     assert result.exit_code == 1 and "Type: --x iteration, without --log-x" in result.output
+
+
+def test_a_loss_of_zero_has_no_place_on_a_logarithmic_axis(tmp_path):
+    run = write_run(tmp_path / "run", [train_line(10, 0.0), train_line(20, 0.0)])
+    assert "Type: --x iteration, without" in plot(run, "--log-y").output
+    assert plot(run).exit_code == 0
+    assert plot(write_run(tmp_path / "other", [train_line(10, 5.0), train_line(99, 0.0)]), "--log-y").exit_code == 0
+
+
+def test_a_loss_below_the_floor_is_drawn_with_the_floor(tmp_path):
+    assert plot(write_run(tmp_path / "run", [val_line(1, 1e-9, floor=0.8)], vocab_size=None)).exit_code == 0
+
+
+NUMBERS = st.one_of(st.none(), st.floats(0, 20), st.integers(0, 9), st.floats(), st.integers(), st.sampled_from(
+    [True, 10**30, -1e-9, 3e38, 1e300]))
+LINES = st.one_of(
+    st.fixed_dictionaries({"iter": st.integers(0, 9)}, optional=dict.fromkeys(
+        ["train_loss", "val_loss", "val_bpb", "floor", "tokens", "seconds"], NUMBERS)),
+    st.text(max_size=6), st.sampled_from(['{"iter": 3, "val_loss": 2', "[[", "NaN", '{"iter": 1e3}', "\ud800", "\x85"]))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(LINES, max_size=4), st.sampled_from(["", "\n"]))
+def test_a_log_of_any_lines_is_read_as_it_stands_or_refused_in_one_line(tmp_path_factory, lines, end):
+    path = tmp_path_factory.getbasetemp() / "any" / "metrics.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        run = plot_loss.read_run(path.parent)
+    except UserError as error:
+        assert len(error.message.splitlines()) == 1 and str(path) in error.message
+        return
+    there = [{name: None if value in (math.inf, -math.inf) or value != value else value
+              for name, value in line.items()} for line in lines if isinstance(line, dict)]
+    for kind, name in ((run.train, "train_loss"), (run.val, "val_loss")):
+        last = {line["iter"]: line for line in there if name in line}
+        assert kind == [last[i] for i in sorted(last)]
+    assert len(plot_loss.summary(run).splitlines()) >= 3
 
 
 def test_another_kind_of_picture_is_refused_with_the_name_to_type(tmp_path):

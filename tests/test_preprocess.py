@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
-from hypothesis import example, given, settings
+from conftest import ROOT, damages
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import preprocess
@@ -629,6 +630,82 @@ def test_a_flipped_bit_is_found_at_opening(data, corpus_file):
     assert "train_000.bin" in refused(*arguments)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A prepared corpus of few files that the next tests spoil and mend."""
+    folder = tmp_path_factory.mktemp("small")
+    source = write_jsonl(folder / "a.jsonl", tales(150))
+    run("prepare-dataset", "--dataset", source, "--vocab-size", 300, "--num-files", 2, "--data-dir", folder / "data")
+    return folder / "data"
+
+
+@contextlib.contextmanager
+def damaged(path, damage):
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+CASES = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[
+    HealthCheck.function_scoped_fixture])
+
+
+@CASES
+@given(st.sampled_from(["meta.json", "tok300.model", "train_000.bin", "train_001.bin", "val_000.bin"]), damages())
+def test_any_damage_to_a_corpus_is_found_at_opening_or_makes_no_difference(small, name, damage):
+    def contents():
+        corpus = open_corpus(small)
+        return corpus.meta, corpus.tokenizer.model_bytes, [
+            stream.read(0, len(stream)).tolist() for stream in (corpus.train, corpus.val)]
+    expected = contents()
+    with damaged(small / name, damage):
+        try:
+            assert contents() == expected
+        except UserError as error:
+            assert len(error.message.splitlines()) == 1 and "--overwrite" in error.message
+
+
+@CASES
+@given(st.sampled_from(["text.json", "train_001.parquet", "val_000.parquet"]), damages())
+def test_any_damage_to_the_text_is_found_in_reading_or_makes_no_difference(small, name, damage):
+    def contents():
+        text = preprocess.finished_text(small)
+        return text.arguments, {name: list(preprocess.read_text_file(text.folder / name, entry))
+                                for name, entry in text.files.items()}
+    expected = contents()
+    with damaged(small / "text" / name, damage):
+        try:
+            assert contents() == expected
+        except UserError as error:
+            assert len(error.message.splitlines()) == 1
+
+
+def test_rows_that_a_spoiled_footer_hides_are_missed(small):
+    """The pages of a parquet file have checksums, its footer has none: each single bit of it in turn."""
+    text = preprocess.finished_text(small)
+    path, entry = text.folder / "val_000.parquet", text.files["val_000.parquet"]
+    whole, stories = path.read_bytes(), list(preprocess.read_text_file(path, entry))
+    silent = 0
+    for at in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+        with damaged(path, lambda data, at=at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:]):
+            try:
+                assert list(preprocess.read_text_file(path, entry)) == stories
+                silent += 1
+            except UserError as error:
+                assert "is damaged" in error.message
+    assert silent < len(whole) / 2
+
+
+@CASES
+@given(st.binary(max_size=300))
+def test_bytes_that_are_no_tokenizer_are_refused(data):
+    with pytest.raises(UserError, match="not a SentencePiece model|lacks an id"):
+        Tokenizer(data)
+
+
 def bad_sources(folder):
     """{what is wrong: (dataset, options, what the line must name)}."""
     write_jsonl(folder / "a.jsonl", tales(50))
@@ -811,12 +888,12 @@ def test_encoding_never_runs_far_ahead_of_the_writer(tokenizer, monkeypatch):
     """A bounded number of batches is read before the first result is taken."""
     read = []
 
-    def endless(path):
+    def endless(path, entry):
         for i in itertools.count():
             read.append(i)
             yield "word " * preprocess.BATCH_CHARS
     monkeypatch.setattr(preprocess, "read_text_file", endless)
-    encoded = preprocess.encode_files(tokenizer, ["a"], workers=2)
+    encoded = preprocess.encode_files(tokenizer, {"a": None}, workers=2)
     for _ in range(3):
         next(encoded)
     encoded.close()

@@ -185,6 +185,34 @@ def test_the_steps_come_in_the_stated_order(logits, seen, temperature, k, p, min
     assert torch.equal(filter_logits(logits, history, sample, EOS), step)
 
 
+anything = st.builds(
+    SampleConfig, temperature=st.floats(0, 100), top_k=st.integers(0, 30), top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1), repetition_penalty=st.floats(1, 100), repetition_window=st.integers(1, 50),
+    dry_multiplier=st.floats(0, 100), dry_base=st.floats(1, 100), dry_allowed_length=st.integers(1, 5))
+
+
+@settings(parent=CASES, max_examples=200)
+@given(scores, st.sampled_from([1.0, 1000.0]), histories, st.integers(1, 5), anything)
+def test_whatever_the_settings_the_likeliest_stays_and_chances_are_finite(logits, scale, seen, times, sample):
+    logits, history = logits * scale, torch.tensor([seen * times] * 3)
+    result = filter_logits(logits, history, sample, EOS)
+    penalized = filter_logits(logits, history, replace(sample, top_k=0, top_p=1.0, min_p=0.0), EOS)
+    assert torch.equal(result.amax(-1), penalized.amax(-1))
+    chances = result.softmax(-1)
+    assert chances.isfinite().all() and chances.sum(-1).tolist() == pytest.approx([1] * 3, rel=1e-5)
+    assert ((result == penalized) | (result == -math.inf)).all()
+    if sample.top_k:
+        assert ((result > -math.inf).sum(-1) <= sample.top_k).all()
+    token = choose_token(logits, history, sample, EOS, torch.Generator().manual_seed(1))
+    assert (result.gather(1, token[:, None]) > -math.inf).all()
+
+
+def test_a_phrase_penalty_beyond_all_numbers_on_every_token_still_leaves_a_choice():
+    seen = torch.tensor([[0] * 25 + [1] + [0] * 25 + [2] + [0] * 25])  # each token would prolong the row of zeros
+    sample = replace(PLAIN, dry_multiplier=100.0, dry_base=100.0, dry_allowed_length=1, temperature=0.01)
+    assert filter_logits(torch.tensor([[1.0, 2.0, 3.0]]), seen, sample, EOS).softmax(-1).isfinite().all()
+
+
 def test_settings_that_are_off_change_nothing():
     logits = random_logits(1)
     off = SampleConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, dry_multiplier=0.0)

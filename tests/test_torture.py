@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, damages
+from hypothesis import given, settings
 
 import chat
 import config
@@ -20,8 +21,8 @@ import export
 import plot_loss
 import preprocess
 import train
-from config import UserError, sole_owner
-from model import build_model, read_checkpoint
+from config import GPTConfig, UserError, sole_owner
+from model import GPT, build_model, read_checkpoint, save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import harness  # noqa: E402
@@ -195,6 +196,43 @@ def test_tensors_of_other_kinds_than_ours_are_refused(data, tmp_path, name, chan
                               (export, ["--format", "tokenizer", "--output", tmp_path / "new.model"])):
         assert call(script, [*arguments, "--out-dir", tmp_path], 1).count("Error: ") == 1
     assert not list(tmp_path.glob("new*"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(damages())
+def test_any_damage_to_a_checkpoint_is_refused_or_makes_no_difference(checkpoint, damage):
+    path, whole, contents = checkpoint
+    path.write_bytes(damage(whole))
+    try:
+        assert harness.same(read_checkpoint(path), contents)
+    except UserError as error:
+        assert len(error.message.splitlines()) == 1 and str(path) in error.message
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(path, bytes, contents) of one with everything that a real one has."""
+    path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
+    model = GPT(GPTConfig(block_size=8, vocab_size=260, n_layer=1, n_head=2, n_embd=16, intermediate_size=32))
+    save_checkpoint(path, model, bytes(300), progress=dict(iter=3, best_val=1.5), rng=torch.get_rng_state(),
+                    optimizer=[{"state": {0: dict(exp_avg=torch.ones(3))}, "param_groups": []}])
+    return path, path.read_bytes(), read_checkpoint(path)
+
+
+def test_each_bit_of_a_zip_entry_is_checked_or_makes_no_difference(checkpoint):
+    """Bit 4 of byte 38 makes a folder of it, of which torch reads nothing."""
+    path, whole, contents = checkpoint
+    entry, unimportant = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"archive/data/0")), set()
+    for bit in range(8 * 60):
+        spoiled = bytearray(whole)
+        spoiled[entry + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        try:
+            assert harness.same(read_checkpoint(path), contents)
+            unimportant.add(bit)
+        except UserError:
+            pass
+    assert 8 * 38 + 4 not in unimportant
 
 
 @pytest.mark.parametrize("progress", [None, [], {"iter": "x", "best_val": None}, {"iter": math.nan, "best_val": "y"}])

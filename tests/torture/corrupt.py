@@ -131,7 +131,7 @@ def leaves(value, at=()):
 
 
 def replaced(value, rng):
-    """Put something strange at a random place of a nested value, or take that place away."""
+    """Put something strange at a random place of a nested value, or take that place away; where, and whether so."""
     at = rng.choice(list(leaves(value)))
     place = value
     taken = rng.random() < 0.15
@@ -143,7 +143,7 @@ def replaced(value, rng):
         del place[at[-1]]
     else:
         place[at[-1]] = rng.choice(strange)
-    return taken
+    return at, taken
 
 
 def strange_json(path, rng, scene):
@@ -151,8 +151,8 @@ def strange_json(path, rng, scene):
     lines = path.suffix == ".jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if lines else None
     value = rows or json.loads(path.read_text(encoding="utf-8"))
-    taken = replaced(value, rng)
-    if isinstance(value, dict) and "sha256" in value and not taken:
+    at, taken = replaced(value, rng)
+    if isinstance(value, dict) and "sha256" in value and not taken and at != ("sha256",):
         import preprocess
         value["sha256"] = preprocess.digest(value)
     text = "".join(json.dumps(row) + "\n" for row in value) if lines else json.dumps(value)
