@@ -650,9 +650,10 @@ class StopRequest:
 
     def shared(self, device):
         """The signal that any process got, or None; of several processes, all must ask."""
-        if world_size() > 1:
-            self.signal = int(across(torch.tensor(self.signal or 0, device=device), dist.ReduceOp.MAX)) or None
-        return self.signal
+        if world_size() == 1:
+            return self.signal
+        # Kept apart from self.signal: one that comes while this waits is shared after the next iteration.
+        return int(across(torch.tensor(self.signal or 0, device=device), dist.ReduceOp.MAX)) or None
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import ROOT
 
@@ -99,3 +100,15 @@ def test_a_signal_to_any_process_ends_all_of_them_with_a_save(data, tmp_path, ra
                                              "--max-iters", str(at + 3)])
     assert result.exit_code == 0, result.output
     assert last_iteration(out) == at + 3, "one process goes on where two stopped"
+
+
+def test_a_signal_that_comes_while_the_processes_ask_each_other_is_not_lost(monkeypatch):
+    def interrupted(value, operation):
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(train, "across", lambda value, operation: value)
+        return value
+
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "across", interrupted)
+    with train.StopRequest() as stop:
+        assert [stop.shared(torch.device("cpu")) for _ in range(2)] == [None, signal.SIGTERM]

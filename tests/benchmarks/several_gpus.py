@@ -15,6 +15,7 @@ import click
 import common
 
 SHAPE = ["--n-layer", "14", "--n-head", "12", "--n-embd", "768", "--intermediate-size", "2048"]  # 102.5 M parameters
+RATES = ["--muon-learning-rate", "0.002", "--embedding-learning-rate", "0.001"]  # warmup is short: more would diverge
 WARMUP = 8  # iterations whose time does not count: compiling, the allocator, the first messages
 WIDTHS = (12, 13, 10, 12, 14)
 
@@ -69,7 +70,7 @@ def main(data_dir, processes, iterations, tokens_per_iter, batch_size, compiled,
     processes = processes or max(2, torch.cuda.device_count())
     if tiny:
         tokens_per_iter, batch_size, compiled = 512 * processes, 4, "off"
-    shape = [*common.shape_flags(True), "--device", "cpu"] if tiny else SHAPE
+    shape = [*common.shape_flags(True), "--device", "cpu"] if tiny else [*SHAPE, *RATES]
     flags = [*shape, "--data-dir", data_dir, "--tokens-per-iter", str(tokens_per_iter), "--batch-size", str(batch_size),
              "--max-iters", str(iterations), "--compile", compiled, "--log-interval", "1", "--eval-interval",
              str(iterations), "--eval-tokens", "16384", "--final-eval-tokens", "16384", "--sample-tokens", "0", *flags]

@@ -123,7 +123,7 @@ class Study:
 
 def finished_run(folder, command, timeout):
     """The figures of a run in a process of its own, or {"error": its last line}. Keeps its log, not its weights."""
-    output = folder.with_suffix(".txt")
+    output = folder.with_name(folder.name + ".txt")  # with_suffix would cut the name at the point of 0.1
     with open(output, "w", encoding="utf-8") as log:
         code = common.run_process([sys.executable, str(common.ROOT / command[0]), *command[1:]], log, timeout)
     for name in ("ckpt.pt", "best.pt"):
