@@ -113,7 +113,7 @@ def find_checkpoint(out_dir):
 def load_writer(path, device, dtype):
     """The Writer of a checkpoint file, which is read whole and closed: a training may replace it at any time."""
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
+    dtype = choose_dtype(dtype, device, generating=True)
     contents = read_checkpoint(path)
     tokenizer = preprocess.Tokenizer(contents["tokenizer"])
     model = build_model(contents, path)
@@ -439,7 +439,7 @@ def write_once(session, prompt, count, as_json):
               help=f"the run to talk to  [default: {TrainConfig.out_dir}]")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-              help="precision of the weights; auto is float16 on CUDA, float32 elsewhere  [default: auto]")
+              help="precision of the weights; auto is float16 on CUDA and CPU, else float32  [default: auto]")
 @setting_options(SampleConfig)
 def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **given):
     """Continue text with a trained model.

@@ -30,10 +30,11 @@ def load(checkpoint, preset, device, dtype):
         torch.manual_seed(1)
         net = model.GPT(GPTConfig(**pick(GPTConfig, PRESETS[preset]))).eval()
     net.to(device)
-    for weight in net.parameters():
-        weight.data = weight.data.to(dtype)
     if device.type == "cpu":
-        model.store_by_columns(net)
+        model.store_for_cpu(net, dtype)
+    else:
+        for weight in net.parameters():
+            weight.data = weight.data.to(dtype)
     return net
 
 
@@ -56,14 +57,14 @@ def timings(net, prompt, sample, repeats):
 
 def measure_row(net, recorded, batch_size, prompt_tokens, sample, repeats):
     """One row: a path, a batch size, a length of prompt; medians over the repeats, and the slowest and fastest."""
-    before, model.can_record = model.can_record, model.can_record if recorded else lambda net: False
+    before, model.step_kind = model.step_kind, model.step_kind if stepped else lambda *_: None
     net.decode_step = None
     try:
         prompt = torch.randint(3, net.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(1))
         prompt = prompt.expand(batch_size, -1).to(net.wte.weight.device)
         cold, warm = timings(net, prompt, sample, repeats)
     finally:
-        model.can_record = before
+        model.step_kind = before
     tokens = batch_size * sample.max_new_tokens
     rates = [tokens / seconds for _, seconds in warm]
     return dict(path="recorded" if recorded else "plain", batch=batch_size, prompt_tokens=prompt_tokens,
@@ -132,7 +133,7 @@ def main(checkpoint, preset, device, dtype, batches, max_new_tokens, penalty, re
     if threads:
         torch.set_num_threads(threads)
     device = model.choose_device(device)
-    dtype = model.choose_dtype(dtype, device)
+    dtype = model.choose_dtype(dtype, device, generating=True)
     net = load(checkpoint, preset, device, dtype)
     sample = SampleConfig(max_new_tokens=max_new_tokens, repetition_penalty=penalty)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
