@@ -55,7 +55,7 @@ def orthogonalize(x):
 
 
 def muon_update(gradient, momentum, decay, ok, dtype):
-    """The step for a batch of matrices (N, rows, cols), which also moves their momentum on (Nesterov); none if ok is 0."""
+    """The step for a batch of matrices (N, rows, cols), whose momentum moves on (Nesterov); nothing if ok is 0."""
     gradient = gradient.where(ok > 0, 0.0)  # infinity times 0 is not a number
     momentum.lerp_(gradient, (1 - decay) * ok)
     return ok * orthogonalize(gradient.lerp(momentum, decay).to(dtype)).to(gradient.dtype)
@@ -240,7 +240,6 @@ class TokenLoader:
             consumed, count = consumed + len(taken), count - len(taken)
         return read_ring(self.stream, np.concatenate(starts), self.block_size + 1)
 
-
     def micro_batches(self, it, batch_size, count, device, rank=0, world=1):
         """Yield (x, y), each (batch_size, block_size), for the `count` micro-batches of iteration `it`.
 
@@ -400,10 +399,10 @@ class LossNotFinite(Exception):
 
 
 def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
-    """One optimizer update over `count` micro-batches (x, y). What is returned waits for the device when it is called.
+    """Queue one optimizer update over `count` micro-batches (x, y); returns a function that waits for its outcome.
 
-    Then it gives (mean loss, gradient norm, was it skipped). Where loss or gradient is not finite nothing has changed: a
-    GradScaler has lowered its scale, without one it raises LossNotFinite.
+    That gives (mean loss, gradient norm, was it skipped). Where loss or gradient is not finite nothing has changed: a
+    GradScaler has lowered its scale; without one, LossNotFinite is raised.
     """
     mean = torch.zeros((), device=device)
     for step, (x, y) in enumerate(batches, 1):
@@ -493,14 +492,14 @@ def fresh_settings(preset, given, corpus):
 
 
 def settings_from(contents, preset, given, corpus, path):
-    """(preset, GPTConfig, TrainConfig) of a new run on the weights of a checkpoint, which decide the network's shape."""
+    """(preset, GPTConfig, TrainConfig) of a new run on the weights of a checkpoint, which decide the shape."""
     model_config = restore(GPTConfig, contents["model_config"], path)
     shape = pick(GPTConfig, (PRESETS[preset] if preset else {}) | given)
     for name, value in shape.items():
         if name != "dropout" and value != getattr(model_config, name):
             typed = f"--{name.replace('_', '-')}" if name in given else f"--preset {preset} ({name})"
-            raise UserError(f"{typed} {value} contradicts {path}, whose network has {getattr(model_config, name)}: leave "
-                            "the flag out, the shape comes from the checkpoint.")
+            raise UserError(f"{typed} {value} contradicts {path}, whose network has {getattr(model_config, name)}: "
+                            "leave the flag out, the shape comes from the checkpoint.")
     if hashlib.sha256(contents["tokenizer"]).hexdigest() != corpus.tokenizer.sha256:
         name = f"tok{model_config.vocab_size}.model"
         arguments = corpus.meta["arguments"] | dict(tokenizer=name, vocab_size=None)
@@ -523,7 +522,7 @@ def resumed_settings(contents, preset, given, corpus, path):
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which was trained with "
                             f"{before[name]}: leave the flag out, or start anew in another --out-dir.")
     if contents["corpus"] != corpus_identity(corpus):
-        raise UserError(f"{path} was trained on another corpus than the one in {given.get('data_dir', config.data_dir)} "
+        raise UserError(f"{path} was trained on another corpus than that in {given.get('data_dir', config.data_dir)} "
                         f"({contents['corpus']} there, {corpus_identity(corpus)} here): name the right one with "
                         "--data-dir, or start anew in another --out-dir.")
     return contents["preset"], model_config, replace(config, **pick(TrainConfig, given))
@@ -784,7 +783,7 @@ class Run:
                 self.set_compiled(False)
 
     def settle(self, under_way=0):
-        """Take the outcomes of all but the last `under_way` iterations into the progress; the last one's gradient norm."""
+        """Take the outcomes of all but the last `under_way` iterations into the progress; their last gradient norm."""
         norm = None
         while len(self.outcomes) > under_way:
             it, outcome = self.progress.iter + 1 - len(self.outcomes), self.outcomes.pop(0)
@@ -841,7 +840,8 @@ def check_memory(model_config):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if need > there:
             raise UserError(f"a model of {need // 12:,} parameters needs {need / 2**30:,.0f} GiB to train, and this "
-                            f"computer has {there / 2**30:,.0f}: use a smaller --n-layer, --n-embd or --intermediate-size.")
+                            f"computer has {there / 2**30:,.0f}: use a smaller --n-layer, --n-embd or "
+                            "--intermediate-size.")
 
 
 def worth_compiling(run, seconds_left):
@@ -872,7 +872,7 @@ def train(run, log):
             evaluated = progress.iter % config.eval_interval == 0 or last
             stopped_by = stop.shared(run.device)
             saved = stopped_by or evaluated or time.monotonic() - saved_at > 60 * config.save_minutes
-            # The iteration before is looked at while the device works on this one; this one only where it must be known.
+            # The iteration before is looked at while the device works on this one; this one where it must be known now.
             norm = run.settle(0 if reported or saved else 1)
             each = time.perf_counter() - started
             progress.seconds += each
@@ -1105,8 +1105,8 @@ def main(preset, resume, init_from, overwrite, plan, **given):
     run = Run(preset, model_config, config, corpus, contents, model)
     contents = initial = model = None  # the optimizer has its copy; on a small card the room is needed
     if run.progress.iter >= config.max_iters:
-        raise UserError(f"the run in {out_dir} has finished its {run.progress.iter} iterations: talk to it with `python "
-                        f"chat.py --out-dir {out_dir}`, or go on with a larger --max-iters.")
+        raise UserError(f"the run in {out_dir} has finished its {run.progress.iter} iterations: talk to it with "
+                        f"`python chat.py --out-dir {out_dir}`, or go on with a larger --max-iters.")
     log = Log(None if plan else out_dir / "metrics.jsonl", run.config, run.progress)
     run.prepare_batches(log)
     describe(run, log)
