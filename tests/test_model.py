@@ -392,6 +392,7 @@ def test_greedy_tokens_are_those_of_the_slow_way_also_past_block_size(kind, prom
 
 def test_the_model_is_never_shown_more_than_block_size_nor_less_than_half(monkeypatch):
     net, seen, hidden = awake(TINY), [], GPT.hidden
+    monkeypatch.setattr(model, "step_kind", lambda *_: None)  # the steps give the tokens of this path: test_decode.py
     monkeypatch.setattr(net, "hidden", lambda idx, cache: (hidden(net, idx, cache), seen.append(cache.length))[0])
     generated(net, tokens(1, 9), greedy(50), eos_id=-5)
     assert seen[:6] == [9, 10, 11, 12, 6, 7] and set(seen) == set(range(6, 13))
@@ -743,6 +744,15 @@ def test_without_cuda_the_dtype_is_float32_or_bfloat16():
     for device in (CPU, MPS):
         with pytest.raises(UserError, match="float16 needs CUDA"):
             choose_dtype("float16", device)
+
+
+def test_a_model_that_only_generates_takes_half_precision_on_the_cpu_by_itself():
+    assert choose_dtype("auto", CPU, generating=True) is choose_dtype("float16", CPU, generating=True) is torch.float16
+    for name in ("float32", "bfloat16"):
+        assert choose_dtype(name, CPU, generating=True) is getattr(torch, name)
+    assert choose_dtype("auto", MPS, generating=True) is torch.float32
+    with pytest.raises(UserError, match="float16 needs CUDA"):
+        choose_dtype("float16", MPS, generating=True)
 
 
 def test_autocast_computes_in_the_chosen_dtype():

@@ -19,7 +19,7 @@ from config import PRESETS, GPTConfig, SampleConfig, UserError, pick
 from preprocess import Tokenizer, sample_stories, train_sentencepiece
 
 NEVER = -5  # no token's id: every story gets its full length
-WIDTHS = (34, 14, 14, 14, 14, 14)
+WIDTHS = (42, 9, 9, 9, 15, 12)
 
 
 def load(checkpoint, preset, device, dtype):
@@ -55,8 +55,8 @@ def timings(net, prompt, sample, repeats):
     return result[0], result[1:]
 
 
-def measure_row(net, recorded, batch_size, prompt_tokens, sample, repeats):
-    """One row: a path, a batch size, a length of prompt; medians over the repeats, and the slowest and fastest."""
+def measure_row(net, stepped, batch_size, prompt_tokens, sample, repeats):
+    """One row: with the model's fast step or plainly; medians over the repeats, and the slowest and fastest."""
     before, model.step_kind = model.step_kind, model.step_kind if stepped else lambda *_: None
     net.decode_step = None
     try:
@@ -67,8 +67,8 @@ def measure_row(net, recorded, batch_size, prompt_tokens, sample, repeats):
         model.step_kind = before
     tokens = batch_size * sample.max_new_tokens
     rates = [tokens / seconds for _, seconds in warm]
-    return dict(path="recorded" if recorded else "plain", batch=batch_size, prompt_tokens=prompt_tokens,
-                new_tokens=sample.max_new_tokens, tokens_per_second=statistics.median(rates), slowest=min(rates),
+    return dict(path="step" if stepped else "plain", batch=batch_size, prompt_tokens=prompt_tokens,
+                penalty=sample.repetition_penalty, new_tokens=sample.max_new_tokens, tokens_per_second=statistics.median(rates), slowest=min(rates),
                 fastest=max(rates), first_token_ms=1000 * statistics.median(first for first, _ in warm),
                 cold_first_token_ms=1000 * cold[0], peak_mib=common.peak_mib())
 
@@ -89,7 +89,8 @@ def kernel_times(net, batch_size, sample):
 
 def seconds_to_first_byte(command):
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          stdin=subprocess.DEVNULL) as process:
         process.stdout.read(1)
         seconds = time.perf_counter() - start
         process.stdout.read()
@@ -121,13 +122,14 @@ def startup(checkpoint, device, repeats):
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1,), show_default=True,
               help="stories at once; may be given several times")
 @click.option("--max-new-tokens", type=click.IntRange(2), default=200, show_default=True, help="length of a story")
-@click.option("--repetition-penalty", "penalty", type=float, default=1.0, show_default=True, help="chat's is 1.1")
+@click.option("--repetition-penalty", "penalties", type=float, multiple=True, default=(1.1, 1.0), show_default=True,
+              help="chat's is 1.1; may be given several times")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="runs whose median is shown")
 @click.option("--threads", type=click.IntRange(1), help="threads on the CPU; torch's choice if not given")
 @click.option("--startup/--no-startup", "with_startup", default=True, help="time the start of chat.py too")
 @click.option("--profile", is_flag=True, help="also print what the device does in 50 steps")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the figures to this file")
-def main(checkpoint, preset, device, dtype, batches, max_new_tokens, penalty, repeats, threads, with_startup, profile,
+def main(checkpoint, preset, device, dtype, batches, max_new_tokens, penalties, repeats, threads, with_startup, profile,
          json_path):
     """Measure how fast the model writes."""
     if threads:
@@ -135,31 +137,31 @@ def main(checkpoint, preset, device, dtype, batches, max_new_tokens, penalty, re
     device = model.choose_device(device)
     dtype = model.choose_dtype(dtype, device, generating=True)
     net = load(checkpoint, preset, device, dtype)
-    sample = SampleConfig(max_new_tokens=max_new_tokens, repetition_penalty=penalty)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}{threads}"
     print(f"{net.count_parameters() / 1e6:.2f} M parameters, {str(dtype)[6:]}, {name}, torch {torch.__version__}; "
-          f"median of {repeats} runs of {max_new_tokens} tokens, default sampling with a repetition penalty of {penalty:g}")
+          f"median of {repeats} runs of {max_new_tokens} tokens, default sampling but for the repetition penalty")
     common.print_row(["", "tokens/s", "slowest", "fastest", "first token ms", "when new ms"], WIDTHS)
     rows = []
 
-    def add(recorded, batch_size, prompt_tokens, sample, label):
-        row = measure_row(net, recorded, batch_size, prompt_tokens, sample, repeats)
+    def add(stepped, batch_size, prompt_tokens, penalty, new_tokens):
+        sample = SampleConfig(max_new_tokens=new_tokens, repetition_penalty=penalty)
+        row = measure_row(net, stepped, batch_size, min(prompt_tokens, net.config.block_size), sample, repeats)
         rows.append(row)
-        common.print_row([f"{row['path']}, batch {batch_size}{label}", *(f"{row[key]:,.0f}" for key in (
-            "tokens_per_second", "slowest", "fastest")), f"{row['first_token_ms']:.1f}",
-            f"{row['cold_first_token_ms']:.1f}"], WIDTHS)
+        common.print_row([f"{row['path']}, batch {batch_size}, prompt {row['prompt_tokens']}, penalty {penalty:g}",
+                          *(f"{row[key]:,.0f}" for key in ("tokens_per_second", "slowest", "fastest")),
+                          f"{row['first_token_ms']:.1f}", f"{row['cold_first_token_ms']:.1f}"], WIDTHS)
         common.write_json(json_path, device=name, dtype=str(dtype)[6:], torch=torch.__version__, rows=rows)
 
-    paths = (False, True) if device.type == "cuda" else (False,)
     for batch_size in batches:
-        for recorded in paths:
-            add(recorded, batch_size, min(16, net.config.block_size), sample, "")
-    long_prompt = min(200, net.config.block_size)
-    for recorded in paths:
-        add(recorded, 1, long_prompt, SampleConfig(max_new_tokens=20, repetition_penalty=penalty), f", prompt of {long_prompt}")
+        paths = (False, True) if model.step_kind(net, batch_size) else (False,)
+        for penalty in penalties:
+            for stepped in paths:
+                add(stepped, batch_size, 16, penalty, max_new_tokens)
+    add(True, 1, 200, penalties[0], 20)
     if profile:
         for batch_size in batches:
+            sample = SampleConfig(max_new_tokens=max_new_tokens, repetition_penalty=penalties[0])
             print(f"\nbatch {batch_size}:\n{kernel_times(net, batch_size, sample)}")
     if with_startup:
         chat, torch_alone = startup(checkpoint, device, min(repeats, 3))
