@@ -63,7 +63,7 @@ def replacing(path, mode="wb"):
 
 
 def replace_file(source, target, seconds=10):
-    """os.replace that waits for a reader to close `target`, as Windows demands."""
+    """os.replace that waits for a reader to close `target`, or a virus scanner `source`, as Windows demands."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, cannot_write, replacing
+from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, cannot_write, replace_file, replacing
 from model import NORM_EPS, ROPE_BASE, build_model, read_checkpoint, save_checkpoint
 from preprocess import Tokenizer
 
@@ -249,12 +249,12 @@ def staged(output):
         folder.mkdir(parents=True)
         yield new
         if output.is_dir():  # a folder cannot be replaced in one step
-            os.replace(output, old)
+            replace_file(output, old)
         try:
-            os.replace(new, output)
+            replace_file(new, output)
         except OSError:
             if old.exists():
-                os.replace(old, output)
+                replace_file(old, output)
             raise
     except OSError as error:
         raise cannot_write(output, error) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from config import COMMAND_LINE, GroupedCommand, UserError
+from config import COMMAND_LINE, GroupedCommand, UserError, replace_file
 
 # Seven of Okabe and Ito's colours: told apart with any colour vision, and in grey by the markers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -324,7 +324,7 @@ def draw(runs, output, x="iteration", smooth=None, panels=(), log_x=False, log_y
         part = output.with_name(f".{output.stem}.part{output.suffix}")
         try:
             figure.savefig(part, dpi=200, format=output.suffix[1:].lower())
-            os.replace(part, output)
+            replace_file(part, output)
         finally:
             part.unlink(missing_ok=True)
 

@@ -970,7 +970,7 @@ def download(config, overwrite):
             raise UserError(f"{folder} exists and was not made by this program: pass another --data-dir.")
     fill_text(config, open_plan(partial, arguments, overwrite))
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    replace_file(partial, folder)
 
 
 def fill_text(config, plan):

@@ -383,6 +383,7 @@ def test_a_folder_that_cannot_be_moved_in_place_gives_the_earlier_one_back(hf, r
             raise PermissionError(13, "in use")
         replace(source, target)
     monkeypatch.setattr(export.os, "replace", locked)
+    monkeypatch.setattr(export.replace_file, "__defaults__", (0.1,))  # seconds
     result = run_export(*arguments, "--overwrite")
     assert result.exit_code == 1 and f"cannot write {tmp_path / 'x'}: in use" in result.output
     assert (tmp_path / "x" / "config.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

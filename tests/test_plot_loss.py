@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plot_loss
-from config import UserError
+from config import UserError, replace_file
 
 
 def train_line(i, loss, **other):
@@ -331,6 +331,7 @@ def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     run = learning_run(tmp_path / "run")
     (run / "loss_curve.png").write_bytes(b"the old one")
     monkeypatch.setattr(plot_loss.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError(13, "in use")))
+    monkeypatch.setattr(replace_file, "__defaults__", (0.1,))  # seconds
     assert plot(run).exit_code == 1
     assert (run / "loss_curve.png").read_bytes() == b"the old one"
     assert sorted(os.listdir(run)) == ["config.json", "loss_curve.png", "metrics.jsonl"]

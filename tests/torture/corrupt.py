@@ -452,7 +452,7 @@ def torture(cases, invoke, seed, master, place):
         for check in checks:
             if check in COMPARED and check not in references:
                 scene.fresh()
-                references[check] = check(scene)
+                references[check] = check(Scene(master, place, in_this_process))
                 assert references[check][0] == 0, references[check][1]
         what = getattr(mutation, "__name__", None) or mutation.func.__name__
         if not scene.spoil(name, mutation, rng):
@@ -501,10 +501,10 @@ BAD = ("traceback", "hang", "wrong data", "harmed", "executed", "unclear", "cras
 
 
 def all_cases(cases, programs, seed=0, workers=2, scratch=None, verbose=False):
-    """Counter of verdicts over `cases` random cases and the first `programs` chosen ones, and the bad ones."""
+    """Counter of verdicts over `cases` random cases and the chosen ones numbered in `programs`; the bad ones."""
     count, bad = Counter(), []
     jobs = [(list(range(cases))[at::-(-cases // 100)], in_this_process) for at in range(-(-cases // 100))]
-    jobs += [([f"program {i}" for i in range(programs)[at::workers]], in_its_own) for at in range(workers)]
+    jobs += [([f"program {i}" for i in programs[at::workers]], in_its_own) for at in range(workers)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         folder = Path(folder)
         make_master(folder / "master")
@@ -522,7 +522,7 @@ def all_cases(cases, programs, seed=0, workers=2, scratch=None, verbose=False):
                         bad.append(result)
                         if verbose:
                             print(*result, file=sys.stderr, flush=True)
-        count["cases"] = cases + programs - count["unchanged"]
+        count["cases"] = cases + len(programs) - count["unchanged"]
     return count, bad
 
 
@@ -532,7 +532,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     clock = Clock()
-    count, _ = all_cases(options.cases, len(PROGRAMS), options.seed, verbose=True)
+    count, _ = all_cases(options.cases, range(len(PROGRAMS)), options.seed, verbose=True)
     rows = {"files spoiled": count["cases"], "of these read by a program of its own": len(PROGRAMS),
             "commands refused in one line": count["refused"],
             "commands that the damage made no difference to": count["no difference"],

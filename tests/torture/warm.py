@@ -4,6 +4,7 @@ import contextlib
 
 import pyarrow.parquet  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  the first optimizer imports it, which takes a second
 
 import chat  # noqa: F401
 import plot_loss  # noqa: F401
