@@ -157,7 +157,7 @@ def points(lines, name, key, divisor):
 
 def settled(xs, ys, start):
     """The values after `start` (all, if none is), so that the fall of an untrained model does not set the scale."""
-    known = [(x, y) for x, y in zip(xs, ys) if y is not None]
+    known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     return [y for x, y in known if x > start] or [y for x, y in known]
 
 
@@ -195,7 +195,7 @@ def draw_loss(axis, runs, labels, key, divisor, start, smooth, log):
             entries[labels[i] + best] = axis.plot([], [], dash, **look | dict(linewidth=1.8, markersize=6))[0]
         seen += settled(xs, ys, start) + settled(val_xs, val_ys, start)
         lowest += settled(xs, raw if alone else ys, start)
-        drawn += [pair for pair in [*zip(xs, ys), *zip(val_xs, val_ys)] if pair[1] is not None]
+        drawn += [(x, y) for x, y in zip(xs + val_xs, ys + val_ys, strict=True) if y is not None]
 
     # A line that differs between the runs would say which is which only with a legend of its own.
     vocabularies = {run.vocab_size for run in runs if run.vocab_size}
@@ -302,7 +302,7 @@ def draw(runs, output, x="iteration", smooth=None, panels=(), log_x=False, log_y
         if log_y:
             top.set_yscale("log")
         drawn = draw_loss(top, runs, labels, key, divisor, start, smooth, log_y)
-        for axis, (name, title) in zip(axes[1:], shown):
+        for axis, (name, title) in zip(axes[1:], shown, strict=True):
             draw_panel(axis, runs, name, title, key, divisor, start)
         if not log_x:
             top.set_xlim(0, 1.02 * longest)
@@ -360,7 +360,8 @@ def main(run, out_dir, output, x, smooth, panels, log_x, log_y):
     try:
         draw(runs, output, x, smooth, dict.fromkeys(panels), log_x, log_y)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}. Type a path that can be written: --output loss.png")
+        raise UserError(f"cannot write {output}: {error.strerror}. Type a path that can be written: "
+                        "--output loss.png") from error
     click.echo(f"Wrote {output}")
 
 

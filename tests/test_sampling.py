@@ -80,7 +80,7 @@ def slow_min_p(row, min_p):
 @given(scores, histories, st.floats(1.01, 5))
 def test_repetition_penalty_moves_each_seen_token_once_and_never_the_end_of_story(logits, seen, penalty):
     result = penalize_repetition(logits, torch.tensor([seen] * 3), penalty, EOS)
-    for row, before in zip(result.tolist(), logits.tolist()):
+    for row, before in zip(result.tolist(), logits.tolist(), strict=True):
         assert row == pytest.approx(slow_repetition_penalty(before, seen, penalty), rel=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_repetition_penalty_looks_back_over_its_window_only():
 @given(scores, histories, st.integers(1, 4), st.floats(0.1, 2), st.floats(1, 3))
 def test_dry_equals_its_definition_in_plain_loops(logits, seen, allowed_length, multiplier, base):
     result = penalize_phrases(logits, torch.tensor([seen] * 3), multiplier, base, allowed_length)
-    for row, before in zip(result.tolist(), logits.tolist()):
+    for row, before in zip(result.tolist(), logits.tolist(), strict=True):
         assert row == pytest.approx(slow_dry(before, seen, multiplier, base, allowed_length), rel=1e-4, abs=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_dry_stays_finite_on_a_loop_of_a_thousand_tokens():
 @given(scores, st.integers(1, 30))
 def test_top_k_keeps_exactly_the_k_highest_and_their_scores(logits, k):
     result = keep_top_k(logits, k)
-    for row, before, chosen in zip(result.tolist(), logits.tolist(), kept(result)):
+    for row, before, chosen in zip(result.tolist(), logits.tolist(), kept(result), strict=True):
         assert chosen == set(sorted(range(len(before)), key=lambda i: -before[i])[:k])
         assert all(row[i] == before[i] for i in chosen)
 
@@ -146,7 +146,7 @@ def test_top_k_keeps_k_where_scores_are_equal(k):
 @given(logits=scores)
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p(p, logits):
     result = keep_top_p(logits, p)
-    for row, before, chosen in zip(result.tolist(), logits.tolist(), kept(result)):
+    for row, before, chosen in zip(result.tolist(), logits.tolist(), kept(result), strict=True):
         # float32 and double may disagree about a sum that hits p within rounding.
         assert chosen in (slow_top_p(before, p), slow_top_p(before, p - 1e-6), slow_top_p(before, p + 1e-6))
         assert all(row[i] == before[i] for i in chosen)
@@ -168,7 +168,7 @@ def test_top_p_counts_a_sum_that_equals_p_as_reached():
 @given(scores, st.floats(0.001, 1))
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits, min_p):
     result = keep_min_p(logits, min_p)
-    for before, chosen in zip(logits.tolist(), kept(result)):
+    for before, chosen in zip(logits.tolist(), kept(result), strict=True):
         assert slow_min_p(before, min_p * (1 + 1e-5)) <= chosen <= slow_min_p(before, min_p * (1 - 1e-5))
         assert before.index(max(before)) in chosen
 
