@@ -138,7 +138,7 @@ def replaced(value, rng):
     for key in at[:-1]:
         place = place[key]
     before = place[at[-1]]
-    strange = [item for item in STRANGE if type(item) is not type(before)]
+    strange = [item for item in STRANGE if type(item) is not type(before) and item != before]  # True is 1.0
     if taken:
         del place[at[-1]]
     else:
@@ -180,17 +180,17 @@ def strange_checkpoint(path, rng, scene):
             place = place[step]
         key = at[-1]
     kind = rng.randrange(4)
-    before = place[key]
+    before, settings = place[key], any(place is contents.get(name) for name in ("train_config", "model_config"))
     if isinstance(before, torch.Tensor) and kind < 2:
         place[key] = rng.choice([before.double(), before.flatten()[:-1], torch.full_like(before, float("nan")) if (
             before.is_floating_point()) else before.float() * float("nan"),
                                  before[None], torch.zeros(0), torch.zeros(3, dtype=torch.int64), before.bfloat16(),
                                  before.to_sparse(), before.to("meta"), before.cfloat()])
-    elif kind == 2 and not isinstance(place, list) and place is not contents.get("train_config") and (
-            place is not contents.get("model_config")):
+    elif kind == 2 and not isinstance(place, list) and not settings:
         del place[key]
     else:
         place[key] = rng.choice([item for item in STRANGE if type(item) is not type(before)])
+        scene.forged = settings  # 0 is a dropout as 0.2 is
     torch.save(contents, path)
 
 
@@ -229,6 +229,7 @@ def wrong_pickle(path, rng, scene):
         for _ in range(rng.choice([1, 1, 3])):
             data[rng.randrange(len(data))] = rng.randrange(256)
     entries[name] = bytes(data)
+    scene.forged = True
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for entry, content in entries.items():
@@ -259,6 +260,7 @@ class Scene:
     def spoil(self, name, mutation, rng):
         """Begin anew and spoil one file; False where that changed nothing."""
         self.fresh()
+        self.forged = False  # checksums made to fit, and every form kept: only a signature could tell
         self.spoiled = self.place / name
         mutation(self.spoiled, rng, self)
         return not self.spoiled.is_file() or self.spoiled.read_bytes() != (self.master / name).read_bytes()
@@ -464,8 +466,8 @@ def torture(cases, invoke, seed, master, place):
             verdict, detail = judge(check, scene, references)
             if scene.marker.exists():
                 verdict, detail = "executed", what
-            if verdict == "wrong data" and what == "wrong_pickle":
-                verdict = "forged"  # checksums made to fit and every form kept: only a signature could tell
+            if verdict == "wrong data" and scene.forged:
+                verdict = "forged"
             if verdict == "wrong data" and whole and check in ANY_MODEL:
                 verdict = "another model"
             results.append((case, name, f"{what} {check.__name__[6:]}", verdict, detail[-700:]))
