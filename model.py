@@ -433,7 +433,7 @@ def step_kind(model, batch_size):
 # Sampling: pure functions on logits (B, V). A removed token is -inf.
 
 def penalize_repetition(logits, seen, penalty, eos_id):
-    """Penalise the tokens in seen (B, S), once each; never the end of the story, else stories would grow with the window."""
+    """Penalise the tokens in seen (B, S) once each; never the story's end, else stories would grow with the window."""
     used = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, seen, True)
     used[:, eos_id] = False
     return penalize_used(logits, used, penalty)
@@ -509,8 +509,8 @@ def choose_token(logits, seen, sample, eos_id, generator=None, noise=None):
         return logits.argmax(-1)
     if noise is None:
         noise = torch.empty_like(logits).uniform_(generator=generator)
-    # -log(noise) / p is exponential with rate p, and the least of such is the i-th with probability p_i. (torch.multinomial
-    # draws in the same way, but waits for the device to check p, and on the CPU its noise takes 5 times as long.)
+    # -log(noise) / p is exponential with rate p, and the least of such is the i-th with probability p_i.
+    # (torch.multinomial draws in the same way, but waits for the device to check p, and is slower on the CPU.)
     return (logits.softmax(-1) / noise.log()).argmin(-1)
 
 

@@ -102,6 +102,15 @@ def command(folder, *arguments):
     return [sys.executable, str(ROOT / "chat.py"), "--out-dir", str(folder), *map(str, arguments)]
 
 
+def test_on_a_cpu_the_weights_are_in_half_precision_unless_told_otherwise(babbler):
+    given = read_checkpoint(babbler / "best.pt")["model"]
+    for name, dtype in dict(auto=torch.float16, float32=torch.float32, bfloat16=torch.bfloat16).items():
+        writer = chat.load_writer(babbler / "best.pt", "cpu", name)
+        assert writer.about.endswith(f"cpu, {str(dtype)[6:]}.")
+        for key, weight in writer.model.state_dict().items():
+            assert torch.equal(weight, given[key].to(dtype).float())
+
+
 # Text on stdout.
 
 def test_prompt_prints_the_continuation_and_nothing_else(reciter):

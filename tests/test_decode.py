@@ -25,8 +25,8 @@ SAMPLES = {
     "penalties": dict(temperature=1.5, top_k=0, repetition_penalty=1.3, repetition_window=5, dry_multiplier=0.8,
                       dry_allowed_length=1),
 }
-every_sample = pytest.mark.parametrize("sample", [SampleConfig(max_new_tokens=60, **values) for values in SAMPLES.values()],
-                                       ids=SAMPLES)
+every_sample = pytest.mark.parametrize(
+    "sample", [SampleConfig(max_new_tokens=60, **values) for values in SAMPLES.values()], ids=SAMPLES)
 
 
 def generated(net, idx, sample, eos_id=-5, seed=1):

@@ -68,8 +68,9 @@ def measure_row(net, stepped, batch_size, prompt_tokens, sample, repeats):
     tokens = batch_size * sample.max_new_tokens
     rates = [tokens / seconds for _, seconds in warm]
     return dict(path="step" if stepped else "plain", batch=batch_size, prompt_tokens=prompt_tokens,
-                penalty=sample.repetition_penalty, new_tokens=sample.max_new_tokens, tokens_per_second=statistics.median(rates), slowest=min(rates),
-                fastest=max(rates), first_token_ms=1000 * statistics.median(first for first, _ in warm),
+                penalty=sample.repetition_penalty, new_tokens=sample.max_new_tokens,
+                tokens_per_second=statistics.median(rates), slowest=min(rates), fastest=max(rates),
+                first_token_ms=1000 * statistics.median(first for first, _ in warm),
                 cold_first_token_ms=1000 * cold[0], peak_mib=common.peak_mib())
 
 
