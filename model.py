@@ -456,8 +456,8 @@ def penalize_phrases(logits, seen, multiplier, base, allowed_length):
     before = F.pad(seen[:, :-1], (longest - 1, 0), value=-1).unfold(1, longest, 1)  # (B, S-1, R): before seen[:, 1:]
     same = before == seen[:, None, -longest:]
     n = same.flip(2).int().cumprod(dim=2).sum(dim=2)  # (B, S-1): how many of them the end repeats
-    penalty = torch.where(n >= allowed_length, multiplier * base ** (n - allowed_length).float(), 0.0)
-    penalty = penalty.clamp(max=1e30)  # infinite ones, on all tokens, would leave none
+    growth = (base ** (n - allowed_length).float()).clamp(max=1e30)  # infinite ones, on all tokens, would leave none
+    penalty = torch.where(n >= allowed_length, multiplier * growth, 0.0)
     return logits - torch.zeros_like(logits).scatter_reduce(1, seen[:, 1:], penalty, "amax")
 
 
