@@ -345,6 +345,8 @@ class CPUStep:
     1. Most of the rest goes into reading the weights, which store_for_cpu may halve.
     """
 
+    key = None  # it is made anew for each generation, which takes no time
+
     def __init__(self, model, sample, eos_id):
         self.model, self.sample, self.eos_id = model, sample, eos_id
         self.cache = KVCache(model.config, 1, model.wte.weight.device, model.wte.weight.dtype)

@@ -37,8 +37,10 @@ def generated(net, idx, sample, eos_id=-5, seed=1):
 
 def both(monkeypatch, net, *args, kind=DecodeStep, **kwargs):
     """What the plain path and a step generate, with the generator's state afterwards."""
+    step = net.decode_step
     monkeypatch.setattr(model, "step_kind", lambda *_: None)
     plain = generated(net, *args, **kwargs)
+    net.decode_step = step  # the plain path drops it
     monkeypatch.setattr(model, "step_kind", lambda *_: kind)
     stepped = generated(net, *args, **kwargs)
     assert isinstance(net.decode_step, kind)
@@ -264,6 +266,23 @@ def test_the_cpu_step_reads_the_weights_as_they_are_now():
     after = generated(net, tokens(1, 4), sample)
     net.decode_step = None
     assert before != after == generated(net, tokens(1, 4), sample)
+
+
+def test_the_cpu_step_chooses_with_all_tokens_so_far_and_the_end_of_the_story(monkeypatch):
+    net, asked, choose = awake(TINY), [], model.choose_token
+    monkeypatch.setattr(model, "choose_token", lambda *args: (asked.append(args[1:4]), choose(*args))[1])
+    sample = SampleConfig(max_new_tokens=5)
+    rows, _ = generated(net, tokens(1, 4), sample, eos_id=7)
+    text = tokens(1, 4)[0].tolist() + rows[0]
+    assert [seen[0].tolist() for seen, *_ in asked] == [text[:n] for n in range(4, 9)]
+    assert all(rest == [sample, 7] for _, *rest in asked)
+
+
+def test_a_model_that_told_a_story_on_the_cpu_can_record_its_step_afterwards(monkeypatch):
+    net, sample = awake(TINY), SampleConfig(max_new_tokens=5)
+    plain = generated(net, tokens(1, 4), sample)
+    assert isinstance(net.decode_step, CPUStep)
+    assert both(monkeypatch, net, tokens(1, 4), sample) == (plain, plain)
 
 
 def test_two_stories_at_once_on_the_cpu_do_not_share_a_cache():
