@@ -1,9 +1,11 @@
-"""What several test files share: the repository on the import path, one thread, damaged bytes."""
+"""What several test files share: the repository on the import path, one thread, a corpus, damaged bytes."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
 from hypothesis import strategies as st
 
 # The models of the tests are small, and the tests already use every core: threads would only wait for each other. Set
@@ -12,6 +14,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared corpus: a few hundred stories of the built-in grammar."""
+    import preprocess
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
+                                                  "--sample-rate", "0.5", "--data-dir", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
 
 
 @st.composite

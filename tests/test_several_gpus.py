@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 
-import preprocess
 import train
 from model import read_checkpoint
 
@@ -22,15 +21,6 @@ FLAGS = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--intermediate-si
          "--tokens-per-iter", "256", "--batch-size", "2", "--eval-tokens", "400", "--final-eval-tokens", "400",
          "--log-interval", "1", "--sample-tokens", "0", "--device", "cpu"]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes under /proc")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus") / "data"
-    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
-                                                  "--sample-rate", "0.5", "--data-dir", str(folder)])
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 def processes_of(out):

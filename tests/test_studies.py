@@ -10,20 +10,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
-import preprocess
 import train
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 common, studies, several_gpus = (importlib.import_module(name) for name in ("common", "studies", "several_gpus"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus") / "data"
-    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
-                                                  "--sample-rate", "0.2", "--data-dir", str(folder)])
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 def settings_of(command):

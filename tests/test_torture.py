@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def fit(data, out, *flags, iters=4, code=0):
     return call(train, [*RUN, iters, "--data-dir", data, "--out-dir", out, *flags], code)
 
 
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    fit(data, folder)
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A finished run that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
 # Short forms of the long ones
 
 @POSIX
@@ -99,12 +113,11 @@ def test_a_folder_has_one_owner_until_that_process_ends_however_it_ends(data, tm
     assert (tmp_path / "lock").stat().st_size == 0
 
 
-def test_a_held_folder_can_be_read_by_chat_plot_and_plan(data, tmp_path):
-    fit(data, tmp_path)
-    with sole_owner(tmp_path, "training"):
-        call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", tmp_path, "--device", "cpu"])
-        call(plot_loss, [tmp_path])
-        fit(data, tmp_path, "--plan")
+def test_a_held_folder_can_be_read_by_chat_plot_and_plan(data, out):
+    with sole_owner(out, "training"):
+        call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", out, "--device", "cpu"])
+        call(plot_loss, [out])
+        fit(data, out, "--plan")
 
 
 def test_where_the_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
@@ -131,11 +144,10 @@ def test_on_windows_the_lock_is_a_byte_of_the_file(tmp_path, monkeypatch):
 
 # Nothing lost
 
-def test_overwriting_with_flags_that_are_refused_leaves_the_old_run(data, tmp_path):
-    fit(data, tmp_path)
-    before = harness.snapshot(tmp_path)
-    fit(data, tmp_path, "--overwrite", "--batch-size", 3, code=1)
-    assert harness.snapshot(tmp_path) == before
+def test_overwriting_with_flags_that_are_refused_leaves_the_old_run(data, out):
+    before = harness.snapshot(out)
+    fit(data, out, "--overwrite", "--batch-size", 3, code=1)
+    assert harness.snapshot(out) == before
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_the_same_command(data, tmp_path):
@@ -146,12 +158,11 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_the_same_c
     assert "--overwrite" in output and "--resume" not in output
 
 
-def test_lines_of_the_log_that_are_none_are_left_out_aloud(data, tmp_path):
-    fit(data, tmp_path)
-    log = tmp_path / "metrics.jsonl"
+def test_lines_of_the_log_that_are_none_are_left_out_aloud(data, out):
+    log = out / "metrics.jsonl"
     whole = log.read_text(encoding="utf-8").splitlines()
     log.write_text("\n".join([whole[0], "rubbish", "[" * 99_999, '{"iter": "2"}', *whole[1:]]) + "\n", encoding="utf-8")
-    output = call(train, ["--resume", "--max-iters", 5, "--data-dir", data, "--out-dir", tmp_path])
+    output = call(train, ["--resume", "--max-iters", 5, "--data-dir", data, "--out-dir", out])
     assert "3 lines are damaged" in output
     assert log.read_text(encoding="utf-8").splitlines()[:len(whole)] == whole
 
@@ -163,38 +174,35 @@ def test_lines_of_the_log_that_are_none_are_left_out_aloud(data, tmp_path):
     lambda c: c["optimizer"][1]["state"].pop(0), lambda c: c["optimizer"][1]["state"][0]["exp_avg"].fill_(math.inf),
     lambda c: c["optimizer"][0].pop("state"), lambda c: c.update(scaler=None),
     lambda c: c.update(train_config={"seed": "x"})])
-def test_a_damaged_training_state_ends_in_a_line_and_the_file_stays(data, tmp_path, spoil):
-    fit(data, tmp_path)
-    path = tmp_path / "ckpt.pt"
+def test_a_damaged_training_state_ends_in_a_line_and_the_file_stays(data, out, spoil):
+    path = out / "ckpt.pt"
     contents = torch.load(path, weights_only=True)
     spoil(contents)
     torch.save(contents, path)
-    before = harness.snapshot(tmp_path)
-    output = call(train, ["--resume", "--max-iters", 5, "--data-dir", data, "--out-dir", tmp_path], 1)
+    before = harness.snapshot(out)
+    output = call(train, ["--resume", "--max-iters", 5, "--data-dir", data, "--out-dir", out], 1)
     assert output.count("Error: ") == 1 and "ckpt.pt" in output
-    assert harness.snapshot(tmp_path) == before
+    assert harness.snapshot(out) == before
 
 
-def test_the_state_of_best_is_not_one_to_go_on_from(data, tmp_path):
-    fit(data, tmp_path)
-    (tmp_path / "best.pt").replace(tmp_path / "ckpt.pt")
-    assert "lacks optimizer" in call(train, ["--resume", "--data-dir", data, "--out-dir", tmp_path], 1)
+def test_the_state_of_best_is_not_one_to_go_on_from(data, out):
+    (out / "best.pt").replace(out / "ckpt.pt")
+    assert "lacks optimizer" in call(train, ["--resume", "--data-dir", data, "--out-dir", out], 1)
 
 
 @pytest.mark.parametrize("change", [
     lambda tensor: tensor.bfloat16(), lambda tensor: tensor.cfloat(), lambda tensor: tensor.to_sparse(),
     lambda tensor: tensor.to("meta"), lambda tensor: tensor[:0], lambda tensor: tensor.tolist()])
 @pytest.mark.parametrize("name", ["tokenizer", "wte.weight"])
-def test_tensors_of_other_kinds_than_ours_are_refused(data, tmp_path, name, change):
-    fit(data, tmp_path)
-    contents = torch.load(tmp_path / "best.pt", weights_only=True)
+def test_tensors_of_other_kinds_than_ours_are_refused(out, tmp_path, name, change):
+    contents = torch.load(out / "best.pt", weights_only=True)
     place = contents if name in contents else contents["model"]
     place[name] = change(place[name])
-    torch.save(contents, tmp_path / "best.pt")
+    torch.save(contents, out / "best.pt")
     for script, arguments in ((chat, ["--prompt", "A", "--device", "cpu"]),
                               (export, ["--format", "pt", "--output", tmp_path / "new.pt"]),
                               (export, ["--format", "tokenizer", "--output", tmp_path / "new.model"])):
-        assert call(script, [*arguments, "--out-dir", tmp_path], 1).count("Error: ") == 1
+        assert call(script, [*arguments, "--out-dir", out], 1).count("Error: ") == 1
     assert not list(tmp_path.glob("new*"))
 
 
@@ -236,11 +244,10 @@ def test_each_bit_of_a_zip_entry_is_checked_or_makes_no_difference(checkpoint):
 
 
 @pytest.mark.parametrize("progress", [None, [], {"iter": "x", "best_val": None}, {"iter": math.nan, "best_val": "y"}])
-def test_chat_needs_no_progress(data, tmp_path, progress):
-    fit(data, tmp_path)
-    contents = torch.load(tmp_path / "best.pt", weights_only=True)
-    torch.save(contents | dict(progress=progress), tmp_path / "best.pt")
-    call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", tmp_path, "--device", "cpu"])
+def test_chat_needs_no_progress(out, progress):
+    contents = torch.load(out / "best.pt", weights_only=True)
+    torch.save(contents | dict(progress=progress), out / "best.pt")
+    call(chat, ["--prompt", "A", "--max-new-tokens", 2, "--out-dir", out, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("byte", range(0, 256, 5))

@@ -35,16 +35,6 @@ TIMING = {"seconds", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A prepared corpus: a few hundred stories of the built-in grammar."""
-    folder = tmp_path_factory.mktemp("corpus") / "data"
-    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
-                                                  "--sample-rate", "0.5", "--data-dir", str(folder)])
-    assert result.exit_code == 0, result.output
-    return folder
-
-
-@pytest.fixture(scope="module")
 def corpus(data):
     return preprocess.open_corpus(data)
 
