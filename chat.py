@@ -22,7 +22,7 @@ import torch
 import preprocess
 from config import (COMMAND_LINE, GroupedCommand, SampleConfig, SettingOption, TrainConfig, UserError, pick,
                     setting_options, value_types)
-from model import build_model, choose_device, choose_dtype, read_checkpoint, store_for_cpu
+from model import build_model, choose_device, choose_dtype, read_checkpoint, store_for_generation
 
 WELCOME = """\
 This is a base model: it does not answer, it continues your text.
@@ -118,14 +118,9 @@ def load_writer(path, device, dtype):
     tokenizer = preprocess.Tokenizer(contents["tokenizer"])
     model = build_model(contents, path)
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}: "
-                        "the file is damaged; train again with `python train.py`.")
-    model.to(device)
-    if device.type == "cpu":
-        store_for_cpu(model, dtype)
-    else:
-        for weight in model.parameters():  # not model.to(dtype): the tables of rotary positions stay float32
-            weight.data = weight.data.to(dtype)
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
+                        f"{model.config.vocab_size}: the file is damaged; train again with `python train.py`.")
+    store_for_generation(model, device, dtype)
     progress = contents["progress"] if isinstance(contents.get("progress"), dict) else {}  # only said, not needed
     it, best = progress.get("iter"), progress.get("best_val")
     seen = f", iteration {it:,}" if type(it) is int else ""

@@ -392,6 +392,15 @@ def multiply(x, matrix):
     return y if bias is None else y + bias
 
 
+def store_for_generation(model, device, dtype):
+    """Move a model that will only generate to its device, with weights of `dtype`."""
+    model.to(device)
+    if device.type == "cpu":
+        return store_for_cpu(model, dtype)
+    for weight in model.parameters():  # not model.to(dtype): the tables of rotary positions stay float32
+        weight.data = weight.data.to(dtype)
+
+
 def store_for_cpu(model, dtype):
     """Round the weights to `dtype` and lay them out for generation on a CPU.
 

@@ -309,8 +309,8 @@ class Validation:
             try:
                 self.floor = sum(map(preprocess.story_nats, texts)) / self.predicted
             except ValueError as error:
-                raise UserError(f"the corpus is called sample, but its validation stories are not: {error}. Prepare it "
-                                "again: `python preprocess.py prepare-dataset --dataset sample --overwrite`.") from error
+                raise UserError(f"the corpus is called sample, but its validation stories are not: {error}. Prepare "
+                                "it again: `python preprocess.py prepare-dataset --dataset sample --overwrite`.") from error
 
     def batches(self, batch_size):
         """(x, y) of shape (<= batch_size, block_size), int64; y is -1 where nothing is predicted."""
@@ -970,11 +970,16 @@ def expected_memory(model_config, config, batch_size, dtype, compiled):
             "activations": tokens * (kept + 3 * size * C), "logits": tokens * logits, "workspace": WORKSPACE}
 
 
+def dtype_on_cuda(run):
+    """The dtype of a run on its CUDA card, or on the one that a plan made elsewhere is for."""
+    return run.dtype if run.device.type == "cuda" or run.config.dtype != "auto" else torch.float16
+
+
 def print_plan(run, log):
     """What this run would take: memory by part, and on a GPU the measured peak and hours of a few iterations."""
     config, model_config = run.config, run.model.config
     on_cuda = run.device.type == "cuda"
-    dtype = run.dtype if on_cuda or config.dtype != "auto" else torch.float16
+    dtype = dtype_on_cuda(run)
     compiled = config.compile == "on" or (config.compile == "auto" and (not on_cuda or can_compile(run.device)))
     parts = expected_memory(model_config, config, run.batch_size, dtype, compiled)
     how = "compiled" if compiled else "eager"

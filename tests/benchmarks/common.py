@@ -123,6 +123,15 @@ def make_run(flags, out_dir):
     return run, log
 
 
+def iterate(run, log):
+    """An iteration as train.py makes it between two lines of its log: the outcome of the one before is taken in."""
+    import train
+    run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
+    run.iteration(log)
+    run.progress.iter += 1
+    run.settle(under_way=1)
+
+
 def shape_flags(tiny):
     """train.py's flags for the size of model that every code gets."""
     shape = TINY_SHAPE | dict(intermediate_size=64) if tiny else SHAPE

@@ -29,12 +29,7 @@ def load(checkpoint, preset, device, dtype):
     else:
         torch.manual_seed(1)
         net = model.GPT(GPTConfig(**pick(GPTConfig, PRESETS[preset]))).eval()
-    net.to(device)
-    if device.type == "cpu":
-        model.store_for_cpu(net, dtype)
-    else:
-        for weight in net.parameters():
-            weight.data = weight.data.to(dtype)
+    model.store_for_generation(net, device, dtype)
     return net
 
 

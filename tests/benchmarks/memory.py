@@ -41,14 +41,11 @@ def worker(job):
     with tempfile.TemporaryDirectory() as folder:
         run, log = common.make_run([*job["flags"], "--data-dir", job["data_dir"]], folder)
         compiled = run.config.compile == "on"
-        dtype = run.dtype if run.device.type == "cuda" or run.config.dtype != "auto" else train.torch.float16
-        parts = train.expected_memory(run.model.config, run.config, run.batch_size, dtype, compiled)
+        parts = train.expected_memory(run.model.config, run.config, run.batch_size, train.dtype_on_cuda(run), compiled)
         if run.device.type == "cuda":
             run.set_compiled(compiled)
             for _ in range(ITERATIONS):
-                run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
-                run.iteration(log)
-                run.progress.iter += 1
+                common.iterate(run, log)
             if run.compiled != compiled:
                 return dict(error="torch.compile does not work here")
         log.bar.close()

@@ -400,15 +400,13 @@ def peak_of(job, size):
         with tempfile.TemporaryDirectory() as folder:
             run, log = common.make_run([*job["flags"], "--batch-size", str(size)], folder)
             log.bar.close()
-            dtype = run.dtype if run.device.type == "cuda" or run.config.dtype != "auto" else torch.float16
-            parts = train.expected_memory(run.model.config, run.config, run.batch_size, dtype, job["compiled"])
+            parts = train.expected_memory(run.model.config, run.config, run.batch_size, train.dtype_on_cuda(run),
+                                          job["compiled"])
             for _ in range(MEMORY_ITERS):
-                run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
                 started = time.perf_counter()
-                run.iteration(log)
+                common.iterate(run, log)
                 common.synchronize()
                 seconds.append(time.perf_counter() - started)
-                run.progress.iter += 1
     except Exception as error:
         if "out of memory" not in str(error).lower():
             raise

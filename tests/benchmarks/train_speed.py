@@ -63,12 +63,7 @@ def prepare_ours(job, folder):
     run, log = common.make_run(flags, folder)
     run.set_compiled(job["compiled"] and train.can_compile(run.device))
 
-    def iterate():
-        run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
-        run.iteration(log)
-        run.progress.iter += 1
-        run.settle(under_way=1)  # as train.py does between two lines of its log
-    return iterate, run.config.tokens_per_iter, lambda: run.compiled
+    return lambda: common.iterate(run, log), run.config.tokens_per_iter, lambda: run.compiled
 
 
 def prepare_peer(job):
