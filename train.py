@@ -35,6 +35,7 @@ RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device",
                      "save_minutes"}
 MANY_EPOCHS = 20
 COMPILE_WORTH_SECONDS = 120
+SAVE_SHARE = 0.01  # of a run's time, which saving at evaluations may take
 SKIPS_IN_A_ROW = 30
 PLAN_ITERS = 8
 WORKSPACE = 96 * 2**20  # what cuBLAS and the allocator take, measured
@@ -281,7 +282,11 @@ def story_rows(stream, end, block_size):
 def to_device(array, device):
     """A tensor on the device; to CUDA it is copied from pinned memory while the card computes."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    pinned.numpy()[...] = array  # tensor.pin_memory() wakes all cores for the copy, which took a millisecond
+    return pinned.to(device, non_blocking=True)
 
 
 # Evaluation.
@@ -405,12 +410,13 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     GradScaler has lowered its scale; without one, LossNotFinite is raised.
     """
     mean = torch.zeros((), device=device)
-    for step, (x, y) in enumerate(batches, 1):
-        with synchronized(forward, step == count):
-            with autocast(device, dtype):
+    with autocast(device, dtype):  # around all of them: it converts the weights once, and forgets them at its end
+        for step, (x, y) in enumerate(batches, 1):
+            with synchronized(forward, step == count):
                 loss = forward(x, y) / count
-            mean += loss.detach()
-            scaler.scale(loss).backward()
+                mean += loss.detach()
+                with torch.autocast(device.type, enabled=False):
+                    scaler.scale(loss).backward()
     mean = across(mean, dist.ReduceOp.SUM) / world_size()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -636,7 +642,7 @@ class StopRequest:
     """Ctrl-C and SIGTERM ask for a stop after the current iteration; a second Ctrl-C stops at once."""
 
     def __enter__(self):
-        self.signal = None
+        self.signal, self.heard = None, lambda: [0]
         self.previous = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -648,11 +654,15 @@ class StopRequest:
                    file=sys.stderr)
 
     def shared(self, device):
-        """The signal that any process got, or None; of several processes, all must ask."""
+        """The signal that any process got, or None. Of several, all must ask, and all hear it an iteration late.
+
+        So none waits for the others while it could queue work for its card.
+        """
         if world_size() == 1:
             return self.signal
-        # Kept apart from self.signal: one that comes while this waits is shared after the next iteration.
-        return int(across(torch.tensor(self.signal or 0, device=device), dist.ReduceOp.MAX)) or None
+        asked = to_device(np.array([self.signal or 0]), device)
+        heard, self.heard = self.heard, start_reading(across(asked, dist.ReduceOp.MAX))
+        return max(heard()) or None
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
@@ -857,7 +867,7 @@ def can_compile(device):
 def train(run, log):
     """Run iterations until max_iters or a request to stop; returns the signal that asked, or None."""
     config, progress = run.config, run.progress
-    first, saved_at, stopped_by = progress.iter, time.monotonic(), None
+    first, saved_at, saving, stopped_by = progress.iter, time.monotonic(), 0.0, None
     with StopRequest() as stop:
         if progress.iter == 0:
             run.evaluate(log, run.validation)
@@ -871,7 +881,9 @@ def train(run, log):
             reported = progress.iter % config.log_interval == 0 or last
             evaluated = progress.iter % config.eval_interval == 0 or last
             stopped_by = stop.shared(run.device)
-            saved = stopped_by or evaluated or time.monotonic() - saved_at > 60 * config.save_minutes
+            since = time.monotonic() - saved_at
+            saved = (stopped_by or last or since > 60 * config.save_minutes
+                     or (evaluated and since > saving / SAVE_SHARE))
             # The iteration before is looked at while the device works on this one; this one where it must be known now.
             norm = run.settle(0 if reported or saved else 1)
             each = time.perf_counter() - started
@@ -884,8 +896,9 @@ def train(run, log):
             if evaluated:
                 run.evaluate(log, run.final_validation() if last else run.validation)
             if saved:
-                run.save()
                 saved_at = time.monotonic()
+                run.save()
+                saving = time.monotonic() - saved_at
         return stopped_by
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import preprocess
 import train
@@ -263,13 +264,13 @@ def test_the_floor_is_that_of_the_very_stories_evaluated(corpus):
 
 # One iteration
 
-def gradients_after(batches):
+def gradients_after(batches, dtype=torch.float32):
     torch.manual_seed(0)
     model = GPT(TINY)
     caught = SimpleNamespace(param_groups=[dict(params=list(model.parameters()))], zero_grad=lambda: None,
                              step=lambda found_inf: None)
     losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught,
-                                       make_scaler(CPU, torch.float32), TrainConfig(grad_clip=0.0), CPU, torch.float32)()
+                                       make_scaler(CPU, dtype), TrainConfig(grad_clip=0.0), CPU, dtype)()
     return [weight.grad for weight in model.parameters()], losses
 
 
@@ -279,6 +280,32 @@ def test_four_micro_batches_of_one_give_the_gradients_of_one_of_four():
     parts, mean = gradients_after([(row[None, :-1], row[None, 1:]) for row in rows])
     assert loss == pytest.approx(mean, rel=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often a weight matrix, by its shape, is made half-precision."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and made.dtype is torch.bfloat16 and made.shape == self.shape:
+            self.count += 1
+        return made
+
+
+def test_micro_batches_share_the_half_precision_weights_and_their_gradients_stay_the_same():
+    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
+    batches = [(row[None, :-1], row[None, 1:]) for row in rows]
+    with Conversions(torch.Size([260, 16])) as embedding:
+        shared, loss = gradients_after(batches, torch.bfloat16)
+    assert embedding.count == 1
+    apart = [gradients_after([batch], torch.bfloat16) for batch in batches]
+    assert loss == pytest.approx(sum(one for _, one in apart) / 4, rel=1e-6)
+    for at, gradient in enumerate(shared):
+        assert torch.allclose(gradient, sum(one[at] for one, _ in apart) / 4, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
@@ -519,6 +546,22 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss_and_never_an_untra
     assert best["progress"]["iter"] == lowest["iter"] and "optimizer" not in best
     again = evaluate(build_model(best, "best"), Validation(corpus, 32, 400, False), 2, CPU, torch.float32)
     assert again["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("share, saves", [(1e-2, 2), (1e9, 12)])
+def test_saving_at_evaluations_takes_its_share_of_the_time_and_the_end_is_always_saved(data, tmp_path, monkeypatch,
+                                                                                       share, saves):
+    real, at = train.Run.save, []
+
+    def slow_disk(run):
+        at.append(run.progress.iter)
+        time.sleep(0.3)
+        real(run)
+
+    monkeypatch.setattr(train.Run, "save", slow_disk)
+    monkeypatch.setattr(train, "SAVE_SHARE", share)
+    run_train(data, tmp_path, "--eval-interval", 1, "--sample-tokens", 0)
+    assert (len(at), at[0], at[-1]) == (saves, 1, 12)
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(data, tmp_path):
