@@ -12,7 +12,7 @@ import time
 import click
 import common
 
-WARMUP, ITERATIONS = 6, 60
+WARMUP, ITERATIONS, BLOCKS = 6, 100, 5
 TOKENS_PER_ITER = 65536
 ADAMW = ["--optimizer", "adamw"]
 MUON = ["--optimizer", "muon"]
@@ -51,8 +51,8 @@ def worker(job):
         return dict(error="torch.compile does not work here")
     each = statistics.median(seconds)
     return dict(tokens_per_second=round(tokens / each), tokens_per_iter=tokens, compiled=compiled(),
-                first_iteration_seconds=round(first, 2), median_ms=round(1000 * each, 3),
-                mean_ms=round(1000 * statistics.mean(seconds), 3), peak_mib=common.peak_mib())
+                first_iteration_seconds=round(first, 2), block_ms=[round(1000 * one, 3) for one in seconds],
+                peak_mib=common.peak_mib())
 
 
 def prepare_ours(job, folder):
@@ -82,22 +82,26 @@ def prepare_peer(job):
 
 
 def iteration_seconds(iterate, warmup, count):
-    """(seconds of the first, which compiles; seconds of each of `count` later ones).
+    """(seconds of the first, which compiles; seconds of one iteration in each block of `count` later ones).
 
-    No wait is added between iterations: each one waits for the card itself, to know whether gradients were finite.
+    The card is waited for at the ends of a block only. Single iterations cannot be timed: they return when they are
+    queued, or wait for the one before, so that their durations alternate and a median would take one kind.
     """
     started = time.perf_counter()
     iterate()
     common.synchronize()
-    first = time.perf_counter() - started
+    first, seconds = time.perf_counter() - started, []
     for _ in range(warmup):
         iterate()
-    common.synchronize()
-    marks = [time.perf_counter()]
-    for _ in range(count):
-        iterate()
-        marks.append(time.perf_counter())
-    return first, [b - a for a, b in zip(marks, marks[1:])]
+    per_block = max(1, count // BLOCKS)
+    for _ in range(BLOCKS):
+        common.synchronize()
+        started = time.perf_counter()
+        for _ in range(per_block):
+            iterate()
+        common.synchronize()
+        seconds.append((time.perf_counter() - started) / per_block)
+    return first, seconds
 
 
 def best(rows, code, compiled=True, muon=False):
