@@ -1002,7 +1002,7 @@ def fill_text(config, plan):
 def finished_text(data_dir):
     """What text.json says about the text in a data folder; UserError if there is none."""
     text = Plan.read(data_dir / "text", "text.json")
-    if text is None:
+    if text is None or "val_000.parquet" not in text.files or len(text.files) < 2:
         raise UserError(f"there is no text in {data_dir}: run `python preprocess.py download` (with --data-dir) first.")
     return text
 

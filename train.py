@@ -314,8 +314,9 @@ class Validation:
             try:
                 self.floor = sum(map(preprocess.story_nats, texts)) / self.predicted
             except ValueError as error:
-                raise UserError(f"the corpus is called sample, but its validation stories are not: {error}. Prepare "
-                                "it again: `python preprocess.py prepare-dataset --dataset sample --overwrite`.") from error
+                raise UserError(f"the corpus is called sample, but its validation stories are not: {error}. Prepare it "
+                                "again: `python preprocess.py prepare-dataset --dataset sample --overwrite`."
+                                ) from error
 
     def batches(self, batch_size):
         """(x, y) of shape (<= batch_size, block_size), int64; y is -1 where nothing is predicted."""

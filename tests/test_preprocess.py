@@ -683,6 +683,16 @@ def test_any_damage_to_the_text_is_found_in_reading_or_makes_no_difference(small
             assert len(error.message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("gone", ["val", "train"])
+def test_a_forged_text_json_without_validation_or_training_text_is_none(small, gone):
+    def forge(data):
+        said = json.loads(data)
+        said["files"] = {name: entry for name, entry in said["files"].items() if not name.startswith(gone)}
+        return json.dumps(said | dict(sha256=preprocess.digest(said))).encode()
+    with damaged(small / "text" / "text.json", forge), pytest.raises(UserError, match="there is no text in"):
+        preprocess.finished_text(small)
+
+
 def test_rows_that_a_spoiled_footer_hides_are_missed(small):
     """The pages of a parquet file have checksums, its footer has none: each single bit of it in turn."""
     text = preprocess.finished_text(small)
