@@ -458,11 +458,13 @@ def test_a_reader_that_goes_away_ends_it_quietly(babbler):
 
 
 def test_chatting_loads_no_library_that_it_does_not_need_and_survives_a_latin_console(reciter):
-    folder = reciter("a", " 犬 é")
+    folder, not_needed = reciter("a", " 犬 é"), {"datasets", "matplotlib", "pandas", "torch._dynamo", "sympy"}
+    if torch.__version__ < (2, 13):
+        not_needed.remove("sympy")  # torch 2.9 itself takes it for the shapes of weights that are not there
     code = ("import sys, runpy; sys.argv[0] = 'chat.py'\n"
             "try: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
             "except SystemExit: pass\n"
-            "print({'datasets', 'matplotlib', 'pandas', 'torch._dynamo', 'sympy'} & set(sys.modules), file=sys.stderr)")
+            f"print({not_needed} & set(sys.modules), file=sys.stderr)")
     result = subprocess.run([sys.executable, "-c", code, *command(folder, "--prompt", "a")[1:]], capture_output=True,
                             env=ENVIRONMENT | dict(PYTHONIOENCODING="latin-1"), timeout=60)
     assert result.stdout.rstrip() == " ? é".encode("latin-1")
