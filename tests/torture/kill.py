@@ -9,6 +9,7 @@ press Ctrl-C, terminate, or stop the process and let it continue.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -88,13 +89,17 @@ def disturb(process, how, task, seconds, rng):
         time.sleep(0 if inside else 0.001)
     if not process.is_alive():
         return None
-    os.kill(process.pid, signal.SIGSTOP)  # so that what is seen now is what the signal finds
+    try:
+        os.kill(process.pid, signal.SIGSTOP)  # so that what is seen now is what the signal finds
+    except ProcessLookupError:  # it ended a moment ago
+        return None
     hit = bool(task.writes())
     if how == signal.SIGSTOP:
         time.sleep(rng.uniform(0, 0.3))
     else:
         os.kill(process.pid, how)
-    os.kill(process.pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # dead of SIGKILL
+        os.kill(process.pid, signal.SIGCONT)
     return hit
 
 
