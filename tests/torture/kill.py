@@ -91,13 +91,13 @@ def disturb(process, how, task, seconds, rng):
         return None
     try:
         os.kill(process.pid, signal.SIGSTOP)  # so that what is seen now is what the signal finds
-    except ProcessLookupError:  # it ended a moment ago
+        hit = bool(task.writes())
+        if how == signal.SIGSTOP:
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            os.kill(process.pid, how)
+    except ProcessLookupError:  # it ended a moment before
         return None
-    hit = bool(task.writes())
-    if how == signal.SIGSTOP:
-        time.sleep(rng.uniform(0, 0.3))
-    else:
-        os.kill(process.pid, how)
     with contextlib.suppress(ProcessLookupError):  # dead of SIGKILL
         os.kill(process.pid, signal.SIGCONT)
     return hit
