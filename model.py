@@ -263,27 +263,13 @@ class DecodeStep:
         self.graph = None
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.record()
+                self.graph = record_graph(self.advance, before=self.position.zero_)
 
     @staticmethod
     def make_key(model, batch_size, sample, eos_id):
         """Equal for two steps that are the same: a recorded one holds the weights' addresses and the settings."""
         weights = tuple((weight.data_ptr(), weight.dtype) for weight in (*model.parameters(), *model.buffers()))
         return batch_size, replace(sample, max_new_tokens=1, seed=None), eos_id, weights
-
-    def record(self):
-        """The recipe of torch.cuda.graph: run on a side stream first, where libraries allocate what they keep."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.position.zero_()
-                self.advance()
-        torch.cuda.current_stream().wait_stream(side)
-        self.position.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
-            self.advance()
 
     def advance(self):
         """What is recorded: nothing in it may wait for the device or depend on a tensor's values in Python."""
@@ -336,6 +322,26 @@ class DecodeStep:
         if self.chooses:
             return self.token.squeeze(1)
         return choose_token(self.logits, seen, self.sample, self.eos_id, generator)
+
+
+def record_graph(run, before=lambda: None):
+    """A CUDA graph of what run() queues, the random state as it was. `before` is called ahead of each run, unrecorded.
+
+    By the recipe of torch.cuda.graph: three runs on a side stream come first, in which libraries allocate what they keep.
+    """
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                before()
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        before()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+            run()
+    return graph
 
 
 class CPUStep:

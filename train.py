@@ -27,7 +27,7 @@ import preprocess
 from config import (COMMAND_LINE, PRESETS, GPTConfig, GroupedCommand, SampleConfig, TrainConfig, UserError,
                     first_line, pick, replacing, restore, setting_options, sole_owner)
 from model import (GPT, IGNORE, autocast, build_model, choose_device, choose_dtype, cuda_hint, read_checkpoint,
-                   save_checkpoint)
+                   record_graph, save_checkpoint)
 
 # What may be given anew with --resume; anything else comes from the checkpoint.
 RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device", "compile", "checkpoint_activations",
@@ -404,7 +404,52 @@ class LossNotFinite(Exception):
     """The loss of an iteration, or its gradient where no GradScaler skips it, is infinite or not a number."""
 
 
-def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype):
+def run_passes(forward, x, y, count, scaler, device):
+    """Both passes of one of `count` micro-batches: adds to the weights' gradients, returns its share of the loss."""
+    loss = forward(x, y) / count
+    with torch.autocast(device.type, enabled=False):
+        scaler.scale(loss).backward()
+    return loss.detach()
+
+
+class RecordedPasses:
+    """run_passes as a CUDA graph, recorded at the first call.
+
+    Both passes are some 370 kernels where no compiler joins them. To start each takes the CPU of a fast card longer than
+    the card needs for it; a graph starts them all at once. It holds the memory of the activations while it lives.
+    """
+
+    def __init__(self):
+        self.graph = None
+
+    def __call__(self, forward, x, y, count, scaler, device):
+        if self.graph is None:
+            self.record(forward, x, y, count, scaler, device)
+        if self.weights[0].grad is None:  # a new iteration: zero_grad let go of the tensors that the graph adds to
+            torch._foreach_zero_(self.gradients)
+            for weight, gradient in zip(self.weights, self.gradients, strict=True):
+                weight.grad = gradient
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.loss
+
+    def record(self, forward, x, y, count, scaler, device):
+        self.weights, self.x, self.y = list(forward.parameters()), x.clone(), y.clone()
+
+        def run():
+            # Without autocast's cache: the weights that it has converted outside of the graph go away.
+            with torch.autocast(device.type, torch.get_autocast_dtype(device.type),
+                                torch.is_autocast_enabled(device.type), cache_enabled=False):
+                self.loss = run_passes(forward, self.x, self.y, count, scaler, device)
+
+        self.graph = record_graph(run)
+        self.gradients = [weight.grad for weight in self.weights]
+        for weight in self.weights:
+            weight.grad = None
+
+
+def train_step(forward, model, batches, count, optimizer, scaler, config, device, dtype, passes=run_passes):
     """Queue one optimizer update over `count` micro-batches (x, y); returns a function that waits for its outcome.
 
     That gives (mean loss, gradient norm, was it skipped). Where loss or gradient is not finite nothing has changed: a
@@ -414,10 +459,7 @@ def train_step(forward, model, batches, count, optimizer, scaler, config, device
     with autocast(device, dtype):  # around all of them: it converts the weights once, and forgets them at its end
         for step, (x, y) in enumerate(batches, 1):
             with synchronized(forward, step == count):
-                loss = forward(x, y) / count
-                mean += loss.detach()
-                with torch.autocast(device.type, enabled=False):
-                    scaler.scale(loss).backward()
+                mean += passes(forward, x, y, count, scaler, device)
     mean = across(mean, dist.ReduceOp.SUM) / world_size()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -687,6 +729,7 @@ class Run:
                       else model or GPT(model_config)).train().to(self.device)
         self.model.checkpoint_activations = config.checkpoint_activations
         self.optimizer = make_optimizer(self.model, config)
+        self.can_record = can_record(self.device, config)
         self.set_compiled(config.compile == "on" or (world_size() > 1 and config.compile == "auto"
                                                      and can_compile(self.device)))
         self.scaler = make_scaler(self.device, self.dtype)
@@ -771,6 +814,13 @@ class Run:
         for member in self.optimizer.members:
             if isinstance(member, Muon):
                 member.update = torch.compile(muon_update) if compiled else muon_update
+        self.forget_passes()
+
+    def forget_passes(self):
+        """Record anew at the next iteration, where recording is the way, and give back the memory that it held."""
+        self.passes = RecordedPasses() if self.can_record and not self.compiled else run_passes
+        if self.passes is not run_passes:
+            torch.cuda.empty_cache()
 
     def iteration(self, log):
         """Queue one update, whose outcome `settle` waits for. Falls back where memory runs out or compiling fails."""
@@ -779,19 +829,23 @@ class Run:
                 batches = self.loader.micro_batches(self.progress.iter, self.batch_size, self.count, self.device,
                                                     rank(), world_size())
                 return self.outcomes.append(train_step(self.forward, self.model, batches, self.count, self.optimizer,
-                                                       self.scaler, self.config, self.device, self.dtype))
+                                                       self.scaler, self.config, self.device, self.dtype, self.passes))
             except torch.OutOfMemoryError:
                 failure = None
             except Exception as error:  # whatever a compiler raises; TritonMissing comes only here, at the first call
-                if not self.compiled:
+                if self.passes is run_passes and not self.compiled:
                     raise
                 failure = first_line(error)
             self.start_iteration_again()
             if failure is None:
                 self.halve_batch(log)
-            else:
+            elif self.compiled:
                 log.say(f"torch.compile does not work here ({failure}): going on without it.")
                 self.set_compiled(False)
+            else:
+                log.say(f"Recording a CUDA graph does not work here ({failure}): going on without one.")
+                self.can_record = False
+                self.forget_passes()
 
     def settle(self, under_way=0):
         """Take the outcomes of all but the last `under_way` iterations into the progress; their last gradient norm."""
@@ -818,11 +872,13 @@ class Run:
         state = self.scaler.state_dict()
         self.scaler = make_scaler(self.device, self.dtype)
         self.scaler.load_state_dict(state)
+        self.forget_passes()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def evaluate(self, log, validation):
         """Log one evaluation line, print a story, and keep the weights if they are the best so far."""
+        self.forget_passes()
         result = evaluate(self.model, validation, self.batch_size, self.device, self.dtype)
         log.write(self.progress, **result)
         if not math.isfinite(result["val_loss"]):
@@ -863,6 +919,11 @@ def worth_compiling(run, seconds_left):
 
 def can_compile(device):
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def can_record(device, config):
+    """Not where blocks are recomputed, which copies the random state to the CPU, nor where processes talk in between."""
+    return device.type == "cuda" and not config.checkpoint_activations and world_size() == 1
 
 
 def train(run, log):

@@ -20,8 +20,8 @@ import preprocess
 import train
 from config import GPTConfig, TrainConfig, UserError
 from model import GPT, IGNORE, build_model, read_checkpoint
-from train import (LossNotFinite, Muon, TokenLoader, Validation, accumulation_steps, evaluate, learning_rate_share,
-                   make_optimizer, make_scaler, orthogonalize, train_step)
+from train import (LossNotFinite, Muon, RecordedPasses, TokenLoader, Validation, accumulation_steps, evaluate,
+                   learning_rate_share, make_optimizer, make_scaler, orthogonalize, run_passes, train_step)
 
 CPU = torch.device("cpu")
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--intermediate-size", "32", "--block-size", "32",
@@ -264,13 +264,15 @@ def test_the_floor_is_that_of_the_very_stories_evaluated(corpus):
 
 # One iteration
 
-def gradients_after(batches, dtype=torch.float32):
+def gradients_after(batches, dtype=torch.float32, passes=run_passes, iterations=1):
     torch.manual_seed(0)
     model = GPT(TINY)
     caught = SimpleNamespace(param_groups=[dict(params=list(model.parameters()))], zero_grad=lambda: None,
                              step=lambda found_inf: None)
-    losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught,
-                                       make_scaler(CPU, dtype), TrainConfig(grad_clip=0.0), CPU, dtype)()
+    for _ in range(iterations):
+        model.zero_grad()
+        losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught, make_scaler(CPU, dtype),
+                                           TrainConfig(grad_clip=0.0), CPU, dtype, passes)()
     return [weight.grad for weight in model.parameters()], losses
 
 
@@ -306,6 +308,28 @@ def test_micro_batches_share_the_half_precision_weights_and_their_gradients_stay
     assert loss == pytest.approx(sum(one for _, one in apart) / 4, rel=1e-6)
     for at, gradient in enumerate(shared):
         assert torch.allclose(gradient, sum(one[at] for one, _ in apart) / 4, rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture
+def pretended_recording(monkeypatch):
+    """What a CUDA graph does, without one: the same work on the same tensors at each replay."""
+    def pretend(run):
+        with torch.random.fork_rng(devices=[]):
+            run()
+            run()
+        return SimpleNamespace(replay=run)
+
+    monkeypatch.setattr(train, "record_graph", pretend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_passes_give_the_gradients_of_plain_ones_at_every_iteration(pretended_recording, dtype):
+    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
+    batches = [(row[None, :-1], row[None, 1:]) for row in rows]
+    plain, loss = gradients_after(batches, dtype)
+    for iterations in (1, 3):
+        recorded, same_loss = gradients_after(batches, dtype, RecordedPasses(), iterations)
+        assert loss == same_loss and all(map(torch.equal, plain, recorded))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
@@ -665,6 +689,27 @@ def test_where_compiling_fails_at_the_first_step_training_goes_on_without_it(dat
     assert same(one["model"], two["model"])
 
 
+def test_a_run_with_recorded_passes_learns_what_a_plain_one_learns(data, tmp_path, monkeypatch, pretended_recording):
+    run_train(data, tmp_path / "plain")
+    monkeypatch.setattr(train, "can_record", lambda device, config: True)
+    run_train(data, tmp_path / "recorded")
+    assert same_run(tmp_path / "plain", tmp_path / "recorded")
+
+
+def test_where_recording_fails_training_goes_on_without_it(data, tmp_path, monkeypatch):
+    def no_graphs(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(train, "record_graph", no_graphs)
+    monkeypatch.setattr(train, "can_record", lambda device, config: True)
+    result = run_train(data, tmp_path / "failed")
+    assert result.output.count("going on without one") == 1 and "stream is capturing" in result.output
+    monkeypatch.setattr(train, "can_record", lambda device, config: False)
+    run_train(data, tmp_path / "plain")
+    one, two = (read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("failed", "plain"))
+    assert same(one["model"], two["model"])
+
+
 def test_a_defect_of_ours_is_not_mistaken_for_a_failing_compiler(data, tmp_path, monkeypatch):
     failing_once(RuntimeError("a bug"), monkeypatch)
     result = CliRunner().invoke(train.main, [*SMALL, "--data-dir", str(data), "--out-dir", str(tmp_path)])
@@ -711,3 +756,30 @@ def test_on_cuda_a_float16_run_scales_its_loss_and_learns(data, tmp_path):
     assert result.exit_code == 0 and "float16 with a GradScaler" in result.output
     rows = training_lines(tmp_path)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["loss_scale"] > 1
+
+
+def cuda_run(data, out, *flags):
+    """SMALL on the card, without torch.compile."""
+    words = [word if word != "cpu" else "cuda" for word in SMALL]
+    result = CliRunner().invoke(train.main, [*words, "--compile", "off", "--data-dir", str(data), "--out-dir", str(out),
+                                             *map(str, flags)])
+    assert result.exit_code == 0 and "does not work here" not in result.output, result.output
+    return [row["train_loss"] for row in training_lines(out)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording passes needs a CUDA device")
+@pytest.mark.parametrize("flags", [[], ["--dropout", 0], ["--position", "rotary", "--qk-norm", "--optimizer", "adamw"],
+                                   ["--dtype", "float32"], ["--align-stories"]])
+def test_on_cuda_recorded_passes_learn_what_plain_ones_learn(data, tmp_path, monkeypatch, flags):
+    recorded = cuda_run(data, tmp_path / "recorded", *flags)
+    monkeypatch.setattr(train, "can_record", lambda device, config: False)
+    assert recorded == pytest.approx(cuda_run(data, tmp_path / "plain", *flags), rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording passes needs a CUDA device")
+def test_on_cuda_a_recorded_run_goes_on_with_the_same_random_numbers(data, tmp_path):
+    constant_rates = ["--dropout", 0.5, "--decay-share", 0, "--warmup-iters", 0]  # whatever max-iters is
+    whole = cuda_run(data, tmp_path / "whole", *constant_rates)
+    cuda_run(data, tmp_path / "parts", *constant_rates, "--max-iters", 6)
+    resume(data, tmp_path / "parts", "--max-iters", "12")
+    assert [row["train_loss"] for row in training_lines(tmp_path / "parts")] == pytest.approx(whole, rel=1e-4)

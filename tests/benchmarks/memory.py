@@ -28,6 +28,7 @@ CONFIGURATIONS = {
 WHOLE_RUNS = {
     "whole run, 128": (6.5, "--batch-size 128 --compile on"),
     "whole run, auto": (3.0, "--batch-size auto --compile on"),
+    "whole run, auto, eager": (3.0, "--batch-size auto --compile off"),
 }
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --intermediate-size 64 --tokens-per-iter 8192 --eval-tokens 2000"
 TINY_BATCH = {"128": "8", "64": "4", "32": "2"}

@@ -138,23 +138,36 @@ def jobs(data_dir, folders, memory_gib, only, iterations, tiny):
 @click.option("--smolgpt", type=click.Path(exists=True, file_okay=False), help="folder of a smolGPT checkout")
 @click.option("--memory-gib", default=6.5, show_default=True, help="limit for each process; 0 is the whole card")
 @click.option("--iterations", default=ITERATIONS, show_default=True, help="timed iterations of a row")
+@click.option("--rounds", default=1, show_default=True, help="times that all rows are measured, in turn; medians count")
 @click.option("--only", multiple=True, type=click.Choice([row[0] for row in ROWS]), help="this row (repeatable)")
 @click.option("--deadline", type=float, default=0, help="seconds after which no row is started")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the figures here too")
 @click.option("--tiny", is_flag=True, help="a model that a CPU can train: shows that the script works")
-def main(data_dir, nanogpt, smolgpt, memory_gib, iterations, only, deadline, json_path, tiny):
+def main(data_dir, nanogpt, smolgpt, memory_gib, iterations, rounds, only, deadline, json_path, tiny):
     """Time training of this repository and, where their folders are given, of nanoGPT and smolGPT."""
-    clock, rows = common.Clock(deadline), []
+    clock, rows = common.Clock(deadline), {}
     common.print_row(("code", "micro-b.", "mode", "tokens/s", "peak MiB", "1st iter s", "wall s"), WIDTHS)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        for job in jobs(data_dir, dict(nanogpt=nanogpt, smolgpt=smolgpt), memory_gib, only, iterations, tiny):
+        for job in list(jobs(data_dir, dict(nanogpt=nanogpt, smolgpt=smolgpt), memory_gib, only, iterations,
+                             tiny)) * rounds:
             result = clock.timed(common.measure, __file__, job, max(20.0, min(180.0, clock.left())), cache)
             row = {key: job[key] for key in ("name", "code", "flags", "batch_size", "compiled")} | result
-            rows.append(row)
+            rows[job["name"]] = with_median(rows.get(job["name"]), row)
             show(row)
-            common.write_json(json_path, memory_gib=memory_gib, rows=rows, ratios=ratios(rows))
-    for name, ratio in ratios(rows).items():
+            common.write_json(json_path, memory_gib=memory_gib, rows=list(rows.values()), ratios=ratios(rows.values()))
+    if rounds > 1:
+        for row in rows.values():
+            show(row)
+    for name, ratio in ratios(rows.values()).items():
         print(f"{name}: {ratio:.3f}", flush=True)
+
+
+def with_median(before, row):
+    """A row of one more round: its rate is the median of all rounds, `rates` holds each."""
+    rates = [*(before or {}).get("rates", []), *([] if "error" in row else [row["tokens_per_second"]])]
+    if not rates:
+        return row
+    return (before if "error" in row else row) | dict(rates=rates, tokens_per_second=round(statistics.median(rates)))
 
 
 def show(row):
