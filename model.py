@@ -327,7 +327,7 @@ class DecodeStep:
 def record_graph(run, before=lambda: None):
     """A CUDA graph of what run() queues, the random state as it was. `before` is called ahead of each run, unrecorded.
 
-    By the recipe of torch.cuda.graph: three runs on a side stream come first, in which libraries allocate what they keep.
+    The recipe of torch.cuda.graph: three runs on a side stream come first, in which libraries allocate what they keep.
     """
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         side = torch.cuda.Stream()

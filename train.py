@@ -415,8 +415,8 @@ def run_passes(forward, x, y, count, scaler, device):
 class RecordedPasses:
     """run_passes as a CUDA graph, recorded at the first call.
 
-    Both passes are some 370 kernels where no compiler joins them. To start each takes the CPU of a fast card longer than
-    the card needs for it; a graph starts them all at once. It holds the memory of the activations while it lives.
+    Both passes are some 370 kernels where no compiler joins them. The CPU of a fast card takes longer to start each
+    than the card to run it; a graph starts them all at once. It holds the memory of the activations while it lives.
     """
 
     def __init__(self):
@@ -837,15 +837,16 @@ class Run:
                     raise
                 failure = first_line(error)
             self.start_iteration_again()
-            if failure is None:
-                self.halve_batch(log)
-            elif self.compiled:
-                log.say(f"torch.compile does not work here ({failure}): going on without it.")
-                self.set_compiled(False)
-            else:
-                log.say(f"Recording a CUDA graph does not work here ({failure}): going on without one.")
+            if self.passes is not run_passes:  # nothing can be given back while it records, so memory runs out sooner
+                log.say(f"Recording a CUDA graph does not work here ({failure or 'out of memory'}): "
+                        "going on without one.")
                 self.can_record = False
                 self.forget_passes()
+            elif failure is None:
+                self.halve_batch(log)
+            else:
+                log.say(f"torch.compile does not work here ({failure}): going on without it.")
+                self.set_compiled(False)
 
     def settle(self, under_way=0):
         """Take the outcomes of all but the last `under_way` iterations into the progress; their last gradient norm."""
@@ -922,7 +923,7 @@ def can_compile(device):
 
 
 def can_record(device, config):
-    """Not where blocks are recomputed, which copies the random state to the CPU, nor where processes talk in between."""
+    """Not where blocks are recomputed, which looks at the random state, nor where processes talk in between."""
     return device.type == "cuda" and not config.checkpoint_activations and world_size() == 1
 
 
