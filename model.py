@@ -328,6 +328,8 @@ def record_graph(run, before=lambda: None):
     """A CUDA graph of what run() queues, the random state as it was. `before` is called ahead of each run, unrecorded.
 
     The recipe of torch.cuda.graph: three runs on a side stream come first, in which libraries allocate what they keep.
+    Nothing is given back while it records, so it takes more memory than a plain run, and to run out of it then is too
+    late: torch 2.11 keeps the memory of a recording that failed.
     """
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         side = torch.cuda.Stream()

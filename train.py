@@ -443,7 +443,11 @@ class RecordedPasses:
                                 torch.is_autocast_enabled(device.type), cache_enabled=False):
                 self.loss = run_passes(forward, self.x, self.y, count, scaler, device)
 
-        self.graph = record_graph(run)
+        def check_room():  # before it records, see record_graph
+            if torch.cuda.max_memory_allocated(device) > card_memory(device) / 2:
+                raise RuntimeError("it may take more memory than there is")
+
+        self.graph = record_graph(run, before=check_room)
         self.gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None
@@ -837,7 +841,7 @@ class Run:
                     raise
                 failure = first_line(error)
             self.start_iteration_again()
-            if self.passes is not run_passes:  # nothing can be given back while it records, so memory runs out sooner
+            if self.passes is not run_passes:
                 log.say(f"Recording a CUDA graph does not work here ({failure or 'out of memory'}): "
                         "going on without one.")
                 self.can_record = False
@@ -985,11 +989,8 @@ def fitting_batch_size(run):
     sizes = batch_sizes(run.config, run.model.config.block_size)
     if not sizes or run.device.type != "cuda":
         return max([size for size in sizes if size <= 32], default=32)
-    free, total = torch.cuda.mem_get_info(run.device)
-    limit = min(free + torch.cuda.memory_reserved(run.device),
-                total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()))
-    weights = run.model.count_parameters()
-    room = 0.9 * limit - (0 if run.progress.iter else 8 * weights)  # AdamW's two moments come with the first step
+    moments = 0 if run.progress.iter else 8 * run.model.count_parameters()  # AdamW's two come with the first step
+    room = 0.9 * card_memory(run.device) - moments
     fits, peaks = sizes[0], []
     for size in sizes:
         if len(peaks) > 1:
@@ -1007,6 +1008,13 @@ def fitting_batch_size(run):
             break
         fits = size
     return fits
+
+
+def card_memory(device):
+    """Bytes of the card that this process may take in all: what it has, and what is free."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free + torch.cuda.memory_reserved(device),
+               total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()))
 
 
 def probe_memory(run, batch_size):

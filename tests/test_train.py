@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import os
@@ -312,14 +313,27 @@ def test_micro_batches_share_the_half_precision_weights_and_their_gradients_stay
 
 @pytest.fixture
 def pretended_recording(monkeypatch):
-    """What a CUDA graph does, without one: the same work on the same tensors at each replay."""
-    def pretend(run):
+    """What a CUDA graph does, without one: the same work at each replay, on the tensors that it was recorded with."""
+    def pretend(run, before):
         with torch.random.fork_rng(devices=[]):
+            for _ in range(3):
+                before()
+                run()
+        weights = inspect.getclosurevars(run).nonlocals["self"].weights
+        gradients = [weight.grad for weight in weights]
+
+        def replay():
+            there = [weight.grad for weight in weights]
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
             run()
-            run()
-        return SimpleNamespace(replay=run)
+            for weight, gradient in zip(weights, there, strict=True):
+                weight.grad = gradient
+        return SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(train, "record_graph", pretend)
+    monkeypatch.setattr(train, "card_memory", lambda device: 2000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -699,7 +713,7 @@ def test_a_run_with_recorded_passes_learns_what_a_plain_one_learns(data, tmp_pat
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"),
                                    torch.OutOfMemoryError("CUDA out of memory")])
 def test_where_recording_fails_training_goes_on_without_it(data, tmp_path, monkeypatch, error):
-    def no_graphs(run):
+    def no_graphs(run, before):
         run()
         raise error
 
@@ -710,6 +724,15 @@ def test_where_recording_fails_training_goes_on_without_it(data, tmp_path, monke
     monkeypatch.setattr(train, "can_record", lambda device, config: False)
     run_train(data, tmp_path / "plain", "--dropout", 0)
     assert same_run(tmp_path / "failed", tmp_path / "plain")
+
+
+def test_passes_that_take_more_than_half_of_the_memory_are_not_recorded(data, tmp_path, monkeypatch,
+                                                                        pretended_recording):
+    monkeypatch.setattr(train, "can_record", lambda device, config: True)
+    monkeypatch.setattr(train, "card_memory", lambda device: 1999)
+    output = run_train(data, tmp_path).output
+    assert output.count("it may take more memory than there is): going on without one") == 1
+    assert metrics(tmp_path)[-1]["iter"] == 12
 
 
 def test_a_defect_of_ours_is_not_mistaken_for_a_failing_compiler(data, tmp_path, monkeypatch):
