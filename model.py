@@ -262,8 +262,7 @@ class DecodeStep:
         self.last_use = torch.full((batch_size, config.vocab_size), NEVER, device=device) if self.penalizes else None
         self.graph = None
         if device.type == "cuda":
-            with torch.cuda.device(device):
-                self.graph = record_graph(self.advance, before=self.position.zero_)
+            self.graph = record_graph(device, self.advance, before=self.position.zero_)
 
     @staticmethod
     def make_key(model, batch_size, sample, eos_id):
@@ -324,14 +323,14 @@ class DecodeStep:
         return choose_token(self.logits, seen, self.sample, self.eos_id, generator)
 
 
-def record_graph(run, before=lambda: None):
+def record_graph(device, run, before):
     """A CUDA graph of what run() queues, the random state as it was. `before` is called ahead of each run, unrecorded.
 
     The recipe of torch.cuda.graph: three runs on a side stream come first, in which libraries allocate what they keep.
-    Nothing is given back while it records, so it takes more memory than a plain run, and to run out of it then is too
-    late: torch 2.11 keeps the memory of a recording that failed.
+    While it records nothing is given back, so it takes more memory than a plain run; and after one that had run out of
+    memory, a plain run did not fit either (torch 2.11).
     """
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+    with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -447,7 +447,7 @@ class RecordedPasses:
             if torch.cuda.max_memory_allocated(device) > card_memory(device) / 2:
                 raise RuntimeError("it may take more memory than there is")
 
-        self.graph = record_graph(run, before=check_room)
+        self.graph = record_graph(device, run, before=check_room)
         self.gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None

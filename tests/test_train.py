@@ -314,7 +314,7 @@ def test_micro_batches_share_the_half_precision_weights_and_their_gradients_stay
 @pytest.fixture
 def pretended_recording(monkeypatch):
     """What a CUDA graph does, without one: the same work at each replay, on the tensors that it was recorded with."""
-    def pretend(run, before):
+    def pretend(device, run, before):
         with torch.random.fork_rng(devices=[]):
             for _ in range(3):
                 before()
@@ -713,7 +713,7 @@ def test_a_run_with_recorded_passes_learns_what_a_plain_one_learns(data, tmp_pat
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"),
                                    torch.OutOfMemoryError("CUDA out of memory")])
 def test_where_recording_fails_training_goes_on_without_it(data, tmp_path, monkeypatch, error):
-    def no_graphs(run, before):
+    def no_graphs(device, run, before):
         run()
         raise error
 
