@@ -840,12 +840,12 @@ class Run:
                 if self.passes is run_passes and not self.compiled:
                     raise
                 failure = first_line(error)
+            recorded = self.passes is not run_passes
+            self.can_record = self.can_record and not recorded
             self.start_iteration_again()
-            if self.passes is not run_passes:
+            if recorded:
                 log.say(f"Recording a CUDA graph does not work here ({failure or 'out of memory'}): "
                         "going on without one.")
-                self.can_record = False
-                self.forget_passes()
             elif failure is None:
                 self.halve_batch(log)
             else:
@@ -1023,7 +1023,7 @@ def probe_memory(run, batch_size):
     tokens = torch.randint(run.model.config.vocab_size, (batch_size, run.model.config.block_size + 1),
                            generator=torch.Generator().manual_seed(0)).to(run.device)
     with torch.random.fork_rng(devices=[run.device]), autocast(run.device, run.dtype):
-        run.scaler.scale(run.model(tokens[:, :-1], tokens[:, 1:])).backward()
+        run_passes(run.model, tokens[:, :-1], tokens[:, 1:], 1, run.scaler, run.device)
     return torch.cuda.max_memory_allocated(run.device)
 
 
