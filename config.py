@@ -55,8 +55,8 @@ def atomic_write(path, mode="wb"):
             os.fsync(file.fileno())
         replace_file(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some disk space or choose another folder, "
-                        "then rerun the same command.") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some disk space or choose another "
+                        "folder, then rerun the same command.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # still there only after a failure
@@ -76,7 +76,7 @@ def replace_file(source, target, seconds=10):
 
 @contextlib.contextmanager
 def folder_lock(folder):
-    """Keep every other run out of `folder`. The operating system drops the lock when the process ends, however it ends."""
+    """Keep every other run out of `folder`. The operating system drops the lock when the process ends, in any way."""
     path = Path(folder) / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class GPTConfig(Settings):
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd is {self.n_embd}; it must be a multiple of n_head ({self.n_head}).")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
-            raise UserError(f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions need an even head size.")
+            raise UserError(f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions need an even number.")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def flag(name):
 
 
 class Command(click.Command):
-    """A command whose --help has the sections of the settings, and in which a failing disk is one line, no traceback."""
+    """A command whose --help has the sections of the settings, and whose errors are one line, without a traceback."""
 
     def parse_args(self, ctx, args):
         try:
@@ -298,7 +298,8 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has closed it: click exits quietly
                 raise
-            raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}. Fix this and rerun.") from error
+            name = error.filename or "the operating system"
+            raise UserError(f"{name}: {error.strerror or error}. Fix this and rerun.") from error
 
     def format_options(self, ctx, formatter):
         sections = {}
@@ -318,8 +319,8 @@ class SettingOption(click.Option):
         metavar = field.metadata["metavar"] or {IntRange: "N", FloatRange: "X"}.get(type(kind))
         value = "no" if field.default is False else field.default
         default = "" if value is None else f"  [default:\u00a0{value}]"  # a space where no line of --help is broken
-        super().__init__([f"{name}/--no-{name[2:]}" if kind is BOOL else name], type=kind, default=None, metavar=metavar,
-                         help=field.metadata["help"] + default)
+        super().__init__([f"{name}/--no-{name[2:]}" if kind is BOOL else name], type=kind, default=None,
+                         metavar=metavar, help=field.metadata["help"] + default)
         self.group = group
 
     def get_help_extra(self, ctx):

@@ -78,7 +78,7 @@ class Tokenizer:
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids):
-        """Yield the text of each of `ids` as it arrives; a character that is spelled in bytes comes with its last one."""
+        """Yield the text of each of `ids` as it arrives; a character spelled in several tokens comes with the last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.token_bytes[int(i)])
@@ -93,8 +93,9 @@ class TokenStream:
 
     def __init__(self, shards, bos_id):
         """`shards`: arrays of uint16, usually memory maps."""
-        self.shards, self.bos_id = shards, bos_id
+        self.shards, self.bos_id = [np.asarray(shard) for shard in shards], bos_id  # slicing a np.memmap is slow
         self.ends = np.cumsum([len(shard) for shard in shards])
+        self.offsets = self.ends - [len(shard) for shard in shards]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -105,17 +106,25 @@ class TokenStream:
         while count > 0:
             start %= len(self)
             k = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[k]) + len(self.shards[k])
+            offset = start - int(self.offsets[k])
             pieces.append(self.shards[k][offset:offset + count])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
+    def windows(self, starts, length):
+        """`length` tokens from each of the positions `starts` (n,): (n, length), int64."""
+        starts = starts % len(self)
+        rows, shard_of = np.empty((len(starts), length), np.int64), np.searchsorted(self.ends, starts, side="right")
+        for row, start, k, offset in zip(rows, starts, shard_of.tolist(), (starts - self.offsets[shard_of]).tolist()):
+            window = self.shards[k][offset:offset + length]
+            row[:] = window if len(window) == length else self.read(int(start), length)
+        return rows
+
     @cached_property
     def story_starts(self):
         """Positions of the stories' first tokens (bos), ascending."""
-        offsets = self.ends - [len(shard) for shard in self.shards]
         return np.concatenate([np.flatnonzero(shard == self.bos_id) + offset
-                               for shard, offset in zip(self.shards, offsets, strict=True)])
+                               for shard, offset in zip(self.shards, self.offsets, strict=True)])
 
     def story_windows(self, end, block_size):
         """(starts, numbers of targets) of windows over the stories before position `end`, each from its first token."""
@@ -187,9 +196,13 @@ def prepare_command(data_dir, arguments=None):
 # Batches
 
 def to_device(rows, device):
-    """An int64 tensor on the device; to CUDA it is copied from pinned memory while the GPU computes."""
-    tensor = torch.from_numpy(rows.astype(np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor on the device; to CUDA it is copied from pinned memory while the GPU computes."""
+    tensor = torch.from_numpy(rows)
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    pinned.numpy()[:] = rows  # tensor.pin_memory() wakes all cores for the copy, which takes a millisecond
+    return pinned.to(device, non_blocking=True)
 
 
 class TrainLoader:
@@ -200,8 +213,8 @@ class TrainLoader:
 
     def __init__(self, stream, block_size, seed, align_stories):
         if len(stream) <= block_size:
-            raise UserError(f"the corpus has {len(stream):,} training tokens, fewer than one window of {block_size + 1}: "
-                            "prepare more text, or use a shorter --block-size.")
+            raise UserError(f"the corpus has {len(stream):,} training tokens, fewer than one window of "
+                            f"{block_size + 1}: prepare more text, or use a shorter --block-size.")
         self.stream, self.block_size, self.seed, self.epoch = stream, block_size, seed, None
         self.story_starts = stream.story_windows(len(stream), block_size)[0] if align_stories else None
         self.windows_per_epoch = len(self.story_starts) if align_stories else len(stream) // block_size
@@ -214,15 +227,14 @@ class TrainLoader:
             if starts is None:
                 starts = rng.integers(len(self.stream)) + np.arange(self.windows_per_epoch) * self.block_size
             self.epoch, self.starts = epoch, rng.permutation(starts)
-        return int(self.starts[offset])
+        return self.starts[offset]
 
     def batches(self, step, batch_size, device, rank=0, world_size=1):
         """Yield (x, y), each (batch_size, block_size), from micro-batch number `step` on; each rank takes its own."""
         while True:
             first = (step * world_size + rank) * batch_size
-            rows = np.stack([self.stream.read(self.window_start(i), self.block_size + 1)
-                             for i in range(first, first + batch_size)])
-            rows = to_device(rows, device)
+            starts = np.array([self.window_start(i) for i in range(first, first + batch_size)])
+            rows = to_device(self.stream.windows(starts, self.block_size + 1), device)
             yield rows[:, :-1], rows[:, 1:]
             step += 1
 
@@ -255,6 +267,6 @@ class Validation:
         """Yield (x, y), each (up to batch_size, block_size); y is IGNORE_INDEX where nothing is predicted."""
         for i in range(0, len(self.starts), batch_size):
             starts, targets = self.starts[i:i + batch_size], self.targets[i:i + batch_size]
-            rows = np.stack([self.stream.read(int(start), self.block_size + 1) for start in starts]).astype(np.int64)
+            rows = self.stream.windows(starts, self.block_size + 1)
             predicted = np.arange(self.block_size) < targets[:, None]
             yield to_device(rows[:, :-1], device), to_device(np.where(predicted, rows[:, 1:], IGNORE_INDEX), device)

@@ -186,16 +186,16 @@ class GPT(nn.Module):
     def generate(self, idx, sampling, eos_id, generator=None):
         """Continue the prompts idx (B, S) in evaluation mode: yield a (B,) tensor of ids, on the CPU, for each step.
 
-        A row ends at eos_id, which is not yielded: from then on it yields -1. The generator ends with the last row. Of a
-        full window of block_size tokens, the last half is read again as the beginning of a new one, so the model always
-        sees between block_size / 2 and block_size tokens.
+        A row ends at eos_id, which is not yielded: from then on it yields -1. The generator ends with the last row.
+        When the window of block_size tokens is full, its last half is read again as the beginning of a new one, so the
+        model always sees between block_size / 2 and block_size tokens.
         """
         step, self.decode_step = self.decode_step, None  # taken out: two generations must not share a cache
         if step is None or step.key != DecodeStep.make_key(self, len(idx)):
             step = DecodeStep(self, len(idx))
         cache, block_size = step.cache, self.config.block_size
         cache.length, next_ids = 0, idx[:, -block_size:]
-        finished = torch.zeros_like(idx[:, 0], dtype=torch.bool)
+        finished = torch.zeros(len(idx), dtype=torch.bool)
         try:
             for _ in range(sampling.max_new_tokens):
                 if cache.length + next_ids.shape[1] > block_size:
@@ -204,14 +204,13 @@ class GPT(nn.Module):
                     logits = step(next_ids[:, 0])  # (B, V)
                 else:
                     logits = self.lm_head(self.forward_hidden(next_ids, cache)[:, -1])
-                token = sample_next_token(logits, idx, sampling, eos_id, generator)  # (B,)
-                finished |= token == eos_id
-                next_ids = token.unsqueeze(1)
+                next_ids = sample_next_token(logits, idx, sampling, eos_id, generator).unsqueeze(1)  # (B, 1)
                 idx = torch.cat([idx, next_ids], dim=1)
-                output = token.masked_fill(finished, -1).cpu()  # the only host sync
-                if (output < 0).all():
+                output = next_ids[:, 0].cpu()  # the only host sync
+                finished |= output == eos_id
+                if finished.all():
                     return
-                yield output
+                yield output.masked_fill(finished, -1)
         finally:
             self.decode_step = step
 
@@ -231,8 +230,8 @@ class KVCache:
 class DecodeStep:
     """Reads one token per story and returns the logits of the next: GPT.forward as a straight line of fixed shapes.
 
-    On a CPU half of the time of GPT.forward is spent between its operations. On CUDA the step is captured once as a graph
-    and replayed, in a fraction of the time that launching its hundred kernels one by one takes.
+    On a CPU half of the time of GPT.forward is spent between its operations. On CUDA the step is captured once as a
+    graph and replayed, in a fraction of the time that launching its hundred kernels one by one takes.
     """
 
     def __init__(self, model, batch_size):
@@ -243,6 +242,7 @@ class DecodeStep:
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.positions = torch.arange(model.config.block_size, device=weight.device)
         self.graph = capture_graph(self.forward) if weight.is_cuda else None
+        self.next_position = None  # what self.position holds, as far as that is known on the CPU
 
     @staticmethod
     def make_key(model, batch_size):
@@ -273,14 +273,16 @@ class DecodeStep:
             x = x + linear(y.reshape(x.shape), attn.c_proj)
             gate, up = linear(block.ln_2(x), mlp.c_fc).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, mlp.c_proj)
-        self.logits = linear(model.ln_f(x), model.wte)  # (B, V)
+        self.logits = linear(model.ln_f(x), model.wte).float()  # (B, V)
+        self.position += 1
 
     def __call__(self, token):
         """Logits (B, V) after `token` (B,), which follows what the cache holds."""
         self.token.copy_(token)
-        self.position.fill_(self.cache.length)
+        if self.next_position != self.cache.length:
+            self.position.fill_(self.cache.length)
         self.graph.replay() if self.graph else self.forward()
-        self.cache.length += 1
+        self.cache.length = self.next_position = self.cache.length + 1
         return self.logits
 
 
@@ -291,7 +293,7 @@ def linear(x, module):
 
 
 def capture_graph(run):
-    """A CUDA graph of the kernels that run() launches, after three runs on a side stream (torch.cuda.graph asks for them)."""
+    """A CUDA graph of the kernels that run() launches; torch.cuda.graph asks for a warmup on a side stream first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -332,16 +334,17 @@ def penalize_repetition(logits, context, penalty, eos_id):
 
     The end of the story is exempt, otherwise stories would grow with the window.
     """
-    used = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, context, True)
-    used[:, eos_id] = False
-    return torch.where(used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    used = logits.gather(1, context)
+    penalized = logits.scatter(1, context, used * torch.where(used > 0, 1 / penalty, penalty))
+    penalized[:, eos_id] = logits[:, eos_id]
+    return penalized
 
 
 def apply_dry(logits, context, multiplier, base, allowed_length):
     """DRY (p-e-w, text-generation-webui #5677, 2024): penalise tokens that would extend a repeat of the end of context.
 
-    A token after n repeated tokens loses multiplier * base ** (n - allowed_length) once n reaches allowed_length, for the
-    longest such n; the exponent is at most DRY_MAX_EXPONENT.
+    A token after n repeated tokens loses multiplier * base ** (n - allowed_length) once n reaches allowed_length, for
+    the longest such n; the exponent is at most DRY_MAX_EXPONENT.
     """
     if context.shape[1] < 2:
         return logits
@@ -439,8 +442,8 @@ def load_checkpoint(path):
     except UserError:
         raise
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path} is not a SmolerGPT checkpoint, or is damaged ({short_message(error)}): use another one, "
-                        "or train again with `python train.py`.") from error
+        raise UserError(f"{path} is not a SmolerGPT checkpoint, or is damaged ({short_message(error)}): use another "
+                        "one, or train again with `python train.py`.") from error
     model.init_rope()  # not saved; on the meta device it was only a shape
     return model.eval(), checkpoint
 

@@ -170,7 +170,7 @@ def local_files(path):
         raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or with a folder "
                         "of one of these.")
     files, = by_format.values()
-    return group_by_split(files), [file for file in found if file not in set(files)]
+    return group_by_split(files), [file for file in found if file.suffix.lower() not in READERS]
 
 
 def group_by_split(files):

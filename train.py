@@ -70,7 +70,7 @@ def orthogonalize(x):
 
 
 def muon_update(grad, momentum, beta, apply, dtype):
-    """The update of matrices (N, rows, cols) by orthogonalised Nesterov momentum; where `apply` is 0, nothing changes."""
+    """Orthogonalised Nesterov momentum for matrices (N, rows, cols); where `apply` is 0, nothing changes."""
     grad = grad.where(apply > 0, 0.0)  # infinity times 0 is not a number
     momentum.lerp_(grad, (1 - beta) * apply)
     return apply * orthogonalize(grad.lerp(momentum, beta).to(dtype)).to(grad.dtype)
@@ -100,8 +100,9 @@ class MuonAdamW(torch.optim.AdamW):
                 update = self.update(grads, state["momentum"], group["momentum"], apply,
                                      torch.bfloat16 if ampere else torch.float32)
                 torch._foreach_mul_(params, 1 - apply * (group["lr"] * group["weight_decay"]))
-                for p, u in zip(params, update.split([len(p) // rows for p in params]), strict=True):
-                    p.view(-1, rows, cols).sub_(u, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
+                updates = [u.reshape(p.shape) for p, u in zip(params, update.split([len(p) // rows for p in params]))]
+                torch._foreach_sub_(params, updates, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
+                for p in params:
                     p.grad = None  # AdamW skips it
         super().step()
 
@@ -140,7 +141,7 @@ def lr_multiplier(it, config):
 
 @torch.no_grad()
 def evaluate(model, validation, batch_size, device, dtype):
-    """{"val_loss": nats per token, "val_bpb": bits per byte of text, "floor": the lowest val_loss possible, if known}."""
+    """{"val_loss": nats per token, "val_bpb": bits per byte of text, "floor": the lowest possible loss, if known}."""
     model.eval()
     with autocast(device, dtype):
         losses = [model(x, y) * (y != IGNORE_INDEX).sum() for x, y in validation.batches(batch_size, device)]
@@ -176,11 +177,11 @@ def grad_accum_steps(config, block_size, batch_size):
     steps, rest = divmod(config.tokens_per_iter, tokens)
     if steps and not rest:
         return steps
-    nearest = sorted(batch_sizes(config, block_size), key=lambda size: abs(size - batch_size))[:1]
-    hint = "".join(f"--batch-size {size}, or " for size in nearest)
-    raise UserError(f"--tokens-per-iter {config.tokens_per_iter} is not a multiple of {tokens} tokens, a micro-batch of "
-                    f"{batch_size} x {block_size}" + f" on each of {WORLD_SIZE} GPUs" * (WORLD_SIZE > 1)
-                    + f": use {hint}--tokens-per-iter {max(1, steps) * tokens} or {(steps + 1) * tokens}.")
+    sizes = sorted(batch_sizes(config, block_size), key=lambda size: abs(size - batch_size))
+    hint = f"--batch-size {sizes[0]} or " if sizes else ""
+    gpus = f" on each of {WORLD_SIZE} GPUs" if WORLD_SIZE > 1 else ""
+    raise UserError(f"--tokens-per-iter {config.tokens_per_iter} is not a multiple of {tokens} tokens (micro-batches "
+                    f"of {batch_size} x {block_size}{gpus}): use {hint}--tokens-per-iter {max(1, steps) * tokens}")
 
 
 def try_forward_backward(forward, batch_size, run):
@@ -275,10 +276,15 @@ class StopRequest:
 
     def handle(self, number, frame):
         if self.signal or not self.can_save:
-            print0("Stopped. Nothing was saved since the last checkpoint.")
+            self.print("Stopped. Nothing was saved since the last checkpoint.")
             sys.exit(128 + number)
         self.signal = number
-        print0("Finishing this iteration, then saving. Press Ctrl-C again to stop at once, without saving.")
+        self.print("Finishing this iteration, then saving. Press Ctrl-C again to stop at once, without saving.")
+
+    @staticmethod
+    def print(text):
+        if RANK == 0:
+            os.write(2, f"\n{text}\n".encode())  # print and tqdm.write must not interrupt themselves
 
 
 class Log:
@@ -293,9 +299,10 @@ class Log:
 
     def write(self, state, **values):
         """Append one line to metrics.jsonl; a value that is not finite becomes null."""
-        row = dict(iter=state.iter, tokens=state.iter * self.config.tokens_per_iter, seconds=round(state.seconds, 3)) | values
+        values = dict(iter=state.iter, tokens=state.iter * self.config.tokens_per_iter,
+                      seconds=round(state.seconds, 3)) | values
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-               for key, value in row.items()}
+               for key, value in values.items()}
         if self.path:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
@@ -357,8 +364,7 @@ class Run:
         self.state = TrainState()
 
     def restore(self, checkpoint):
-        """Continue from a checkpoint. Loss scale and CUDA's random state belong to the device: if absent, they start fresh."""
-        path = self.out_dir / "ckpt.pt"
+        """Continue from a checkpoint. Loss scale and CUDA's random state start fresh if it was saved without them."""
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.state = TrainState(**checkpoint["state"])
@@ -368,35 +374,37 @@ class Run:
             if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot resume from {path} ({short_message(error)}); its weights are intact. Start a new run "
-                            f"from them: python train.py --init-from {quoted(path)} --out-dir another-folder") from error
+            raise UserError(cannot_resume(self.out_dir / "ckpt.pt", short_message(error))) from error
 
     def save(self, name, resumable=True):
         """Write ckpt.pt, from which --resume continues as if it had never stopped, or best.pt, for chat.py."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         if not all(tensor.isfinite().all() for tensor in (*self.model.parameters(), *moments)):
-            raise UserError(nonfinite_message(self, "the last update made weights that are not finite; they were not saved"))
+            raise UserError(nonfinite_message(self, "the last update made weights that are not finite"))
         if RANK > 0:
             return
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        more = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), rng=torch.get_rng_state(),
-                    cuda_rng=cuda_rng) if resumable else {}
-        save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, preset=self.preset,
-                        train_config=asdict(self.config), corpus=self.corpus.fingerprint, state=asdict(self.state), **more)
+        contents = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
+                        state=asdict(self.state))
+        if resumable:
+            cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            contents |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                             rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, **contents)
 
     def evaluate(self, log, batch_size):
         """Log an evaluation, print a story, and save the weights as best.pt if they are the best so far."""
-        config, state, result = self.config, self.state, self.measure(self.model, self.config.eval_tokens, batch_size)
-        lines = [describe_evaluation(f"iter {state.iter}: validation", result)]
+        config, state = self.config, self.state
+        result = self.measure(self.model, config.eval_tokens, batch_size)
+        message = f"iter {state.iter}: validation {describe_loss(**result)}"
         if state.iter == config.max_iters:
             full = self.measure(self.model, config.final_eval_tokens, batch_size)
+            tokens = f"{config.final_eval_tokens:,} tokens" if config.final_eval_tokens else "the whole validation set"
+            message += f"\n{tokens}: {describe_loss(**full)}"
             result |= {f"full_{name}": value for name, value in full.items()}
-            lines.append(describe_evaluation("final validation, " + (f"{config.final_eval_tokens:,} tokens" if
-                                             config.final_eval_tokens else "the whole set"), full))
         log.write(state, **result)
         if not math.isfinite(result["val_loss"]):
-            raise UserError(nonfinite_message(self, f"the validation loss is no longer finite at iteration {state.iter}"))
-        print0("\n".join(lines))
+            raise UserError(nonfinite_message(self, f"the validation loss is not finite at iteration {state.iter}"))
+        print0(message)
         if state.iter and config.sample_tokens:
             print0(sample_story(self.model, self.corpus.tokenizer, config.sample_tokens, config.seed + state.iter,
                                 self.device) + "\n")
@@ -409,26 +417,29 @@ class Run:
         return evaluate(model, validation, batch_size, self.device, self.dtype)
 
     def remeasure_best(self, batch_size):
-        """After --eval-tokens changed: the loss of best.pt on the tokens on which later weights are compared with it."""
+        """Compare later weights with best.pt on the same tokens, after --eval-tokens changed."""
         path = self.out_dir / "best.pt"
         if path.exists():
             best = load_checkpoint(path)[0].to(self.device)
             self.state.best_val = self.measure(best, self.config.eval_tokens, batch_size)["val_loss"]
 
 
-def describe_evaluation(title, result):
-    line = f"{title} loss {result['val_loss']:.4f}, {result['val_bpb']:.4f} bits per byte"
-    if floor := result.get("floor"):
-        line += f", {100 * (result['val_loss'] / floor - 1):.1f}% above the floor of {floor:.4f}"
-    return line
+def describe_loss(val_loss, val_bpb, floor=None):
+    above = f", {100 * (val_loss / floor - 1):.1f}% above the floor of {floor:.4f}" if floor else ""
+    return f"loss {val_loss:.4f}, {val_bpb:.4f} bits per byte{above}"
 
 
 def nonfinite_message(run, problem):
     """What happened when numbers stopped being finite, and what to type."""
-    config, name = run.config, "muon_learning_rate" if run.config.optimizer == "muon" else "learning_rate"
-    return (f"{problem}. The last good checkpoint is kept. Train again with half the learning rate, {flag(name)} "
-            f"{getattr(config, name) / 2:g}, or with --dtype float32 (bfloat16 on RTX 30 and newer), and --overwrite or "
-            "another --out-dir.")
+    name = "muon_learning_rate" if run.config.optimizer == "muon" else "learning_rate"
+    return (f"{problem}; nothing was saved from there on. Train again from the start with half the learning rate, "
+            f"{flag(name)} {getattr(run.config, name) / 2:g}, or with --dtype float32 (bfloat16 on RTX 30 and newer), "
+            "and with --overwrite or another --out-dir.")
+
+
+def cannot_resume(path, reason):
+    return (f"cannot resume from {path}: {reason}. Its weights can start a new run: "
+            f"python train.py --init-from {quoted(path)} --out-dir another-folder")
 
 
 # -----------------------------------------------------------------------------
@@ -513,7 +524,8 @@ def train(run, batch_size, stop, plan=False):
             check_progress(run, mean_loss, bad_streak, max_streak)
             now = time.perf_counter()
             state.seconds, started = state.seconds + now - started, now
-            rate = log.training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(), device)
+            rate = log.training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(),
+                                device)
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
             if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
@@ -531,61 +543,60 @@ def train(run, batch_size, stop, plan=False):
 
 
 def check_progress(run, loss, bad_streak, max_streak):
-    """UserError where the loss, or too many gradients, are not finite. What they were has changed nothing."""
+    """UserError where the loss, or too many gradients, were not finite. Such iterations have changed nothing."""
     if not math.isfinite(loss) or bad_streak > max_streak:
-        raise UserError(nonfinite_message(run, f"the loss or its gradient is no longer finite before iteration "
-                                          f"{run.state.iter + 1}"))
+        raise UserError(nonfinite_message(run, f"the loss or its gradient is not finite at iteration {run.state.iter}"))
 
 
 # -----------------------------------------------------------------------------
 # The command
 
+def refuse_changes(given, before, path, advice):
+    """UserError where a flag contradicts what the checkpoint at `path` was trained with."""
+    for name, value in given.items():
+        if name in before and value != before[name]:
+            raise UserError(f"{flag(name)} {value} contradicts {path}, which has {before[name]}: {advice}")
+
+
 def settings_for_new_run(preset, given, corpus):
-    """(GPTConfig, TrainConfig) from defaults, preset and flags, in this order."""
-    vocab_size = corpus.tokenizer.vocab_size
+    """(preset, GPTConfig, TrainConfig) from defaults, preset and flags, in this order."""
+    vocab_size, preset = corpus.tokenizer.vocab_size, preset or "rtx3050"
     if given.get("vocab_size", vocab_size) != vocab_size:
         raise UserError(f"--vocab-size {given['vocab_size']} contradicts the prepared corpus, whose vocabulary has "
                         f"{vocab_size} tokens: omit it, or prepare the corpus with --vocab-size {given['vocab_size']}.")
     values = PRESETS[preset] | given | dict(vocab_size=vocab_size)
-    return GPTConfig(**only_fields(GPTConfig, values)), TrainConfig(**only_fields(TrainConfig, values))
+    return preset, GPTConfig(**only_fields(GPTConfig, values)), TrainConfig(**only_fields(TrainConfig, values))
 
 
-def settings_for_init_from(checkpoint, model, preset, given, corpus, path):
-    """(preset, TrainConfig) of a new run that starts from the weights of a checkpoint, which decides the shape."""
-    typed = {name: flag(name) for name in given} | {name: f"--preset {preset}:" for name in PRESETS.get(preset, {})
-                                                    if name not in given}
-    for name, value in only_fields(GPTConfig, PRESETS.get(preset, {}) | given).items():
-        if name != "dropout" and value != getattr(model.config, name):
-            raise UserError(f"{typed[name]} {value} contradicts {path}, whose {name} is {getattr(model.config, name)}: "
-                            "omit it, the shape comes from the checkpoint.")
+def settings_for_init_from(checkpoint, shape, preset, given, corpus, path):
+    """(preset, GPTConfig, TrainConfig) of a new run on the weights of a checkpoint, which decides the shape."""
+    typed = only_fields(GPTConfig, PRESETS.get(preset, {}) | given)
+    dropout = typed.pop("dropout", shape.dropout)
+    refuse_changes(typed, asdict(shape), path, "omit the flag or preset, the shape comes from the checkpoint.")
     data_dir = given.get("data_dir", TrainConfig.data_dir)
     if checkpoint["tokenizer"] != corpus.tokenizer.model_bytes:
-        tokenizer = f"tok{model.config.vocab_size}.model"
+        tokenizer = f"tok{shape.vocab_size}.model"
         prepare = prepare_command(data_dir, corpus.meta["arguments"] | dict(tokenizer=tokenizer, vocab_size=None))
-        raise UserError(f"{path} was trained with another tokenizer than the corpus in {data_dir}. Extract its tokenizer, "
-                        "then prepare the text with it:\n"
-                        f"  python export.py --format tokenizer --checkpoint {quoted(path)} --output {tokenizer}\n"
-                        f"  {prepare} --overwrite")
+        extract = f"python export.py --format tokenizer --checkpoint {quoted(path)} --output {tokenizer}"
+        raise UserError(f"{path} has another tokenizer than the corpus in {data_dir}. Extract it, then prepare the "
+                        f"text with it:\n  {extract}\n  {prepare} --overwrite")
     preset = preset or (checkpoint.get("preset") if checkpoint.get("preset") in PRESETS else "rtx3050")
-    return preset, TrainConfig(**only_fields(TrainConfig, PRESETS[preset] | given))
+    return preset, replace(shape, dropout=dropout), TrainConfig(**only_fields(TrainConfig, PRESETS[preset] | given))
 
 
-def settings_for_resume(checkpoint, model, preset, given, corpus, path):
-    """(preset, TrainConfig) of the checkpoint, with the flags that may change. UserError for other flags."""
-    if missing := {"preset", "train_config", "optimizer", "state", "rng", "corpus"} - checkpoint.keys():
-        raise UserError(f"cannot resume from {path}: it lacks {', '.join(sorted(missing))}, since it was saved for chatting "
-                        "only, or by an earlier version. Start a new run from its weights: python train.py --init-from "
-                        f"{quoted(path)} --out-dir another-folder")
-    config = TrainConfig.from_dict(checkpoint["train_config"], path)
-    before = asdict(model.config) | asdict(config) | dict(preset=checkpoint["preset"])
-    for name, value in (given | (dict(preset=preset) if preset else {})).items():
-        if name not in RESUME_MAY_CHANGE and value != before[name]:
-            raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with {before[name]}: omit it, or "
-                            "start a new run in another --out-dir.")
+def settings_for_resume(checkpoint, shape, preset, given, corpus, path):
+    """(preset, GPTConfig, TrainConfig) of the checkpoint, with the flags that may change."""
+    if missing := {"preset", "train_config", "optimizer", "scaler", "state", "rng", "corpus"} - checkpoint.keys():
+        raise UserError(cannot_resume(path, f"it lacks {', '.join(sorted(missing))} (saved for chatting only, or by an "
+                                      "earlier version)"))
+    config, before = TrainConfig.from_dict(checkpoint["train_config"], path), dict(preset=checkpoint["preset"])
+    fixed = {name: value for name, value in given.items() if name not in RESUME_MAY_CHANGE}
+    refuse_changes(fixed | (dict(preset=preset) if preset else {}), before | asdict(shape) | asdict(config), path,
+                   "omit it, or start a new run in another --out-dir.")
     if checkpoint["corpus"] != corpus.fingerprint:
-        raise UserError(f"{path} was trained on another corpus than the one in {given.get('data_dir', config.data_dir)}: "
-                        "pass the right --data-dir, or start a new run in another --out-dir.")
-    return checkpoint["preset"], replace(config, **only_fields(TrainConfig, given))
+        raise UserError(f"{path} was trained on another corpus than that in {given.get('data_dir', config.data_dir)}: "
+                        "pass its --data-dir, or start a new run in another --out-dir.")
+    return checkpoint["preset"], shape, replace(config, **only_fields(TrainConfig, given))
 
 
 def describe(run, batch_size):
@@ -593,8 +604,8 @@ def describe(run, batch_size):
     config, shape, stream = run.config, run.model.config, run.corpus.train
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     count, tokens = run.model.count_parameters(), config.max_iters * config.tokens_per_iter
-    print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), {shape.position} "
-           f"positions, context {shape.block_size}, vocabulary {shape.vocab_size}.")
+    print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), "
+           f"{shape.position} positions, context {shape.block_size}, vocabulary {shape.vocab_size}.")
     print0(f"Device: {run.device} ({name}), {str(run.dtype).removeprefix('torch.')}"
            f"{' with a GradScaler' * run.scaler.is_enabled()}.")
     if run.device.type == "cpu" and cuda_hint():
@@ -631,11 +642,10 @@ def truncate_after(it, path):
 
 def out_of_memory_message(run, batch_size):
     smaller = [size for size in batch_sizes(run.config, run.model.config.block_size) if size < batch_size]
-    advice = f"--batch-size {smaller[-1]}" if smaller else "a shorter --block-size"
-    resume = " --resume" if run.state.iter and (run.out_dir / "ckpt.pt").exists() else ""
-    return (f"out of memory with micro-batches of {batch_size} x {run.model.config.block_size} tokens. Use {advice} (or "
-            "--batch-size auto, or --activation-checkpointing); learning stays the same: "
-            f"{command_line(f'train.py{resume} {advice}', run.out_dir)}")
+    advice = f"--batch-size {smaller[-1]}" if smaller else "--activation-checkpointing"
+    script = "train.py --resume" if run.state.iter and (run.out_dir / "ckpt.pt").exists() else "train.py"
+    return (f"out of memory with micro-batches of {batch_size} x {run.model.config.block_size} tokens. Add {advice} to "
+            f"the command (learning stays the same): {command_line(f'{script} {advice}', run.out_dir)}")
 
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
@@ -643,8 +653,8 @@ def out_of_memory_message(run, batch_size):
               help="settings by purpose; the defaults below are those of rtx3050")
 @click.option("--resume", is_flag=True, help="resume the run in --out-dir")
 @click.option("--init-from", type=click.Path(path_type=Path), metavar="FILE",
-              help="fine-tune: start from the weights of a checkpoint, on text prepared with its tokenizer (preprocess.py "
-              "--tokenizer)")
+              help="fine-tune: start from the weights of a checkpoint, on text prepared with its tokenizer "
+              "(preprocess.py --tokenizer)")
 @click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
 @click.option("--plan", is_flag=True, help="train nothing; measure memory and duration of a few iterations")
 @setting_options(GPTConfig, TrainConfig)
@@ -661,37 +671,18 @@ def main(preset, resume, init_from, overwrite, plan, **given):
         raise click.UsageError("--resume continues a run as it was: omit --overwrite and --init-from.")
     if init_from and overwrite and init_from.resolve().parent == out_dir.resolve():
         raise UserError(f"--overwrite would delete {init_from}, from which the run starts: pass another --out-dir.")
-    with contextlib.ExitStack() as stack:
-        if RANK == 0 and not plan and not (resume and not ckpt.exists()):
-            stack.enter_context(folder_lock(out_dir))
+    if resume and not ckpt.exists():
+        raise UserError(f"there is no run to resume in {out_dir}: start one with "
+                        f"`{command_line('train.py', out_dir)}`, or pass the --out-dir of another.")
+    with folder_lock(out_dir) if RANK == 0 and not plan else contextlib.nullcontext():
         if not (resume or overwrite or plan) and (ckpt.exists() or (out_dir / "best.pt").exists()):
-            raise UserError(f"{out_dir} already contains a run: --resume continues it, --overwrite replaces it, another "
-                            "--out-dir keeps both.")
-        model, checkpoint = load_checkpoint(init_from or ckpt) if resume or init_from else (None, {})
-        data_dir = given.get("data_dir") or checkpoint.get("train_config", {}).get("data_dir" if resume else "", "data")
-        corpus = Corpus(data_dir)
-        if resume:
-            preset, config = settings_for_resume(checkpoint, model, preset, given, corpus, ckpt)
-        elif init_from:
-            preset, config = settings_for_init_from(checkpoint, model, preset, given, corpus, init_from)
-        else:
-            preset = preset or "rtx3050"
-            model_config, config = settings_for_new_run(preset, given, corpus)
-        config = replace(config, data_dir=str(data_dir), out_dir=str(out_dir), device=init_distributed(config.device),
-                         log_interval=PLAN_ITERS if plan else config.log_interval)
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")
-        run = Run(preset, model or GPT(model_config), config, corpus)
-        if resume:
-            run.restore(checkpoint)
-        if RANK > 0:  # its own dropout; the first process continues with the saved state
-            torch.manual_seed(config.seed + RANK + 1000 * run.state.iter)
-        eval_tokens_before = checkpoint.get("train_config", {}).get("eval_tokens")
-        checkpoint = model = None  # a small GPU needs the room
-        if run.state.iter >= config.max_iters:
+            raise UserError(f"{out_dir} already contains a run: --resume continues it, --overwrite replaces it, and "
+                            "another --out-dir keeps both.")
+        run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
+        if run.state.iter >= run.config.max_iters:
             raise UserError(f"the run in {out_dir} has finished its {run.state.iter} iterations: talk to it with "
                             f"`{command_line('chat.py', out_dir)}`, or continue with a larger --max-iters.")
-        stop, batch_size = StopRequest(), config.batch_size
+        stop, batch_size = StopRequest(), run.config.batch_size
         try:
             if batch_size == "auto":
                 batch_size = find_batch_size(run)
@@ -699,7 +690,7 @@ def main(preset, resume, init_from, overwrite, plan, **given):
             describe(run, batch_size)
             if RANK == 0 and not plan:
                 prepare_out_dir(run, overwrite)
-            if resume and eval_tokens_before != config.eval_tokens:
+            if resume and "eval_tokens" in given:
                 run.remeasure_best(batch_size)
             stop_signal = train(run, batch_size, stop, plan)
         except torch.OutOfMemoryError:
@@ -711,8 +702,34 @@ def main(preset, resume, init_from, overwrite, plan, **given):
                f"{command_line('train.py --resume', out_dir)}")
         sys.exit(128 + stop_signal)
     if not plan:
-        print0(f"Finished: best validation loss {run.state.best_val:.4f}. Talk to it: {command_line('chat.py', out_dir)}")
-        print0(f"See its loss curve: {command_line('plot_loss.py', out_dir)}")
+        print0(f"Finished: best validation loss {run.state.best_val:.4f}. Talk to it: "
+               f"{command_line('chat.py', out_dir)}\nSee its loss curve: {command_line('plot_loss.py', out_dir)}")
+
+
+def open_run(preset, path, resume, given, plan):
+    """The Run that the flags describe, on the weights of the checkpoint at `path` if there is one."""
+    model, checkpoint = load_checkpoint(path) if path else (None, {})
+    saved_dir = checkpoint.get("train_config", {}).get("data_dir") if resume else None
+    data_dir = given.setdefault("data_dir", saved_dir or TrainConfig.data_dir)
+    corpus = Corpus(data_dir)
+    if path:
+        settings = settings_for_resume if resume else settings_for_init_from
+        preset, shape, config = settings(checkpoint, model.config, preset, given, corpus, path)
+    else:
+        preset, shape, config = settings_for_new_run(preset, given, corpus)
+    config = replace(config, device=init_distributed(config.device),
+                     log_interval=PLAN_ITERS if plan else config.log_interval)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    model = GPT(shape)
+    if path:
+        model.load_state_dict(checkpoint["model"])
+    run = Run(preset, model, config, corpus)
+    if resume:
+        run.restore(checkpoint)
+    if RANK > 0:  # dropout of its own; the first process continues with the saved state
+        torch.manual_seed(config.seed + RANK + 1000 * run.state.iter)
+    return run
 
 
 def init_distributed(device_name):
