@@ -21,7 +21,7 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -30,7 +30,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, Command, CorpusConfig, UserError, atomic_write, flag, folder_lock, only_fields,
-                    quoted, replace_file, setting_options, short_message)
+                    replace_file, setting_options, short_message)
 from data import Corpus, Tokenizer, chunks, read_json
 
 PARTS = 50                          # the corpus is cut into this many equal parts ("files"), one shard each
@@ -108,6 +108,7 @@ def pieces(path, record, text_field):
     if not isinstance(text, str):
         raise UserError(f"{path}: column {text_field!r} contains {type(text).__name__}, not text: choose another "
                         "--text-field.")
+    text.encode()  # raises for a lone surrogate, which JSON can spell
     for i, piece in enumerate(chunks(text, PIECE_CHARS)):
         yield piece, i == 0
 
@@ -116,33 +117,37 @@ READERS = {".txt": read_txt, ".json": read_json_records, ".jsonl": read_json_rec
            ".parquet": read_parquet}
 
 
+def read_rows(files, text_field):
+    """Yield (text, starts_story) for the stories of all files. UserError names the file that cannot be read."""
+    for path in files:
+        try:
+            yield from READERS[path.suffix.lower()](path, text_field)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8, then rerun.") from None
+        except UnicodeEncodeError:
+            raise UserError(f"{path} contains half of a surrogate pair, which is no character: remove it, then "
+                            "rerun.") from None
+        except (ValueError, csv.Error) as error:  # includes the errors of json and pyarrow
+            raise UserError(f"{path} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
+
+
 def write_table(path, files, text_field):
     """Read text files into one Arrow file: a row per story, several rows for a long one."""
     import pyarrow
     schema = pyarrow.schema([("text", pyarrow.string()), ("starts_story", pyarrow.bool_())])
-    rows = []
-    with atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        def flush():
-            writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema))
-            rows.clear()
-        for source in tqdm(files, desc="reading", unit=" files", **bar_options()):
-            try:
-                size = 0
-                for row in READERS[source.suffix.lower()](source, text_field):
-                    rows.append(row)
-                    size += len(row[0])
-                    if size > PIECE_CHARS:
-                        flush()
-                        size = 0
-                if rows:
-                    flush()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{source} is not UTF-8 text ({error.reason}): save it as UTF-8, then rerun.") from None
-            except UnicodeEncodeError:
-                raise UserError(f"{source} contains half of a surrogate pair, which is no character: remove it, then "
-                                "rerun.") from None
-            except (ValueError, csv.Error) as error:  # includes the errors of json and pyarrow
-                raise UserError(f"{source} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
+    total = sum(file.stat().st_size for file in files)
+    with (atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer,
+          tqdm(total=total, desc="reading", unit="B", unit_scale=True, **bar_options()) as bar):
+        texts, starts, size = [], [], 0
+        for text, starts_story in itertools.chain(read_rows(files, text_field), [(None, None)]):
+            if texts and (text is None or size > PIECE_CHARS):
+                writer.write_batch(pyarrow.record_batch([texts, starts], schema))
+                bar.update(size)
+                texts, starts, size = [], [], 0
+            if text is not None:
+                texts.append(text)
+                starts.append(starts_story)
+                size += len(text)
 
 
 def list_files(folder):
@@ -167,22 +172,22 @@ def local_files(path):
     if len(by_format) != 1:
         counts = [f"{len(files)} {files[0].suffix.lower()}" for files in by_format.values()]
         problem = f"mixes formats ({', '.join(counts)})" if counts else "contains no text that can be read"
-        raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or with a folder "
-                        "of one of these.")
+        raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or with a "
+                        "folder of one of these.")
     files, = by_format.values()
     return group_by_split(files), [file for file in found if file.suffix.lower() not in READERS]
 
 
 def group_by_split(files):
-    """{split: files} where the layout names the split of every file (train.csv, train-00000-of-00002.parquet, train/...).
+    """{split: files} where the layout names the split of every file: train.csv, train-00000-of-00002.parquet, train/...
 
     Else all are training text: a file called "my test.txt" is no split.
     """
     root, splits = Path(os.path.commonpath([file.parent for file in files])), {}
     for file in files:
         top, *below = file.relative_to(root).parts
-        name = re.fullmatch(r"(train|validation|test)" + r"(-\d{5}-of-\d{5}.*)?" * (not below), top if below else file.stem)
-        splits.setdefault(name and name[1], []).append(file)
+        name = top if below else re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)
+        splits.setdefault(name if name in ("train", "validation", "test") else None, []).append(file)
     complete = None not in splits and "train" in splits and len(splits) > 1
     return splits if complete else {"train": files}
 
@@ -210,7 +215,7 @@ def import_datasets():
 
 
 def latest_commit(name):
-    """The newest commit of a data set on the Hub. It asks once: without a network `datasets` retries for half a minute."""
+    """The newest commit of a data set on the Hub, asked once: without network `datasets` retries for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     other = "pass --dataset sample for the built-in corpus, or --dataset with a local file or folder"
@@ -220,12 +225,12 @@ def latest_commit(name):
         raise UserError(f"there is no data set {name} on the Hugging Face Hub, or it needs a login (`hf auth login`): "
                         f"check the name, or {other}.") from error
     except Exception as error:  # the libraries underneath raise anything
-        raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({short_message(error)}): check the network, "
-                        f"or {other}.") from error
+        raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({short_message(error)}): check the "
+                        f"network, or {other}.") from error
 
 
 def hub_rows(config, folder, commit):
-    """({split: Dataset}, facts) of a data set on the Hugging Face Hub, which `datasets` downloads and keeps in its cache."""
+    """({split: Dataset}, facts) of a data set on the Hugging Face Hub. `datasets` keeps the download in its cache."""
     datasets = import_datasets()
     name, _, configuration = config.dataset.partition(":")
     try:
@@ -238,8 +243,8 @@ def hub_rows(config, folder, commit):
     except UserError:
         raise
     except Exception as error:  # the libraries underneath raise anything
-        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({short_message(error)}): rerun the "
-                        "same command to resume, or choose a configuration with --dataset owner/name:configuration.") from error
+        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({short_message(error)}): rerun "
+                        "to resume, or choose a configuration with --dataset owner/name:configuration.") from error
     field, columns = config.text_field, next(iter(splits.values())).features
     if field not in columns or "string" not in str(columns[field].dtype):
         raise UserError(f"{config.dataset} has no text column {field!r}, but {', '.join(columns)}: choose one with "
@@ -280,7 +285,8 @@ class Stories:
 
     def story_bytes(self):
         """Bytes of each story."""
-        return np.add.reduceat(self.row_bytes[self.index], np.flatnonzero(self.starts)) if len(self) else np.zeros(0, int)
+        first_rows = np.flatnonzero(self.starts)
+        return np.add.reduceat(self.row_bytes[self.index], first_rows) if len(self) else first_rows
 
     def batches(self):
         """Yield (texts, starts) of about BATCH_BYTES each."""
@@ -319,7 +325,7 @@ def train_val_split(splits, name):
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"{name} has no split named train, but {', '.join(splits)}: pass another --dataset.")
     val_name = next((split for split in ("validation", "test") if split in splits and "train" in splits), None)
-    train, hashes, has_text = survey(splits.get("train") or next(iter(splits.values())), "training text")
+    train, hashes, has_text = survey(splits.get("train", next(iter(splits.values()))), "training text")
     left_out, keep = {}, has_text
 
     def leave_out(reason, stories, chosen):
@@ -346,8 +352,8 @@ def train_val_split(splits, name):
         else:
             val = train.select(np.isin(np.arange(len(train)), val_stories))
     if not keep.any() or not len(val):
-        raise UserError(f"{name} contains too little text for training and validation: pass --dataset with more text, or "
-                        "with sample.")
+        raise UserError(f"{name} contains too little text for training and validation: pass --dataset with more text, "
+                        "or with sample.")
     return train.select(keep), val, left_out
 
 
@@ -365,7 +371,7 @@ def held_out_stories(story_bytes, hashes, has_text):
 
 
 def cut_story(stories, number, limit):
-    """(all stories with the end of one removed, that end): `limit` bytes or a little more, from the end of a paragraph."""
+    """(all stories but the end of one, that end): `limit` to twice `limit` bytes, from the end of a paragraph on."""
     positions = np.append(np.flatnonzero(stories.starts), len(stories.index))
     first, end = positions[number], positions[number + 1]
     sizes = np.cumsum(stories.row_bytes[stories.index[first:end]][::-1])  # from the end
@@ -392,8 +398,10 @@ def cut_story(stories, number, limit):
 
 def is_sampled(index, rate, seed):
     """Whether item number `index` is in a fixed random choice of a fraction `rate`."""
+    if rate >= 1:
+        return True
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
-    return rate >= 1 or int.from_bytes(digest, "big") < rate * 2**64
+    return int.from_bytes(digest, "big") < rate * 2**64
 
 
 def select_parts(train, config):
@@ -412,7 +420,7 @@ def select_parts(train, config):
 # 2. Vocabulary
 
 def train_vocabulary(parts, vocab_size, seed):
-    """A Tokenizer trained on a fixed random choice of the training text. UserError, with a size that fits, if none does."""
+    """A Tokenizer trained on a fixed random choice of the training text. UserError if the size does not fit it."""
     total = sum(int(stories.story_bytes().sum()) for stories in parts)
     texts = (chunk for stories in parts for batch, _ in stories.batches() for text in batch for chunk in chunks(text))
     rate = min(1.0, VOCABULARY_BYTES / total)
@@ -437,8 +445,8 @@ def train_vocabulary(parts, vocab_size, seed):
     if most and int(most[1]) >= 260:
         raise UserError(f"the text is too small for a vocabulary of {vocab_size}: pass --vocab-size {most[1]} or less.")
     if least:
-        raise UserError(f"the text has too many different characters for a vocabulary of {vocab_size}: pass --vocab-size "
-                        f"{least[1]} or more.")
+        raise UserError(f"the text has too many different characters for a vocabulary of {vocab_size}: pass "
+                        f"--vocab-size {least[1]} or more.")
     raise UserError(f"SentencePiece cannot train a vocabulary of {vocab_size} on this text ({message[-120:]}): pass "
                     "--dataset with more text.")
 
@@ -451,11 +459,11 @@ def given_tokenizer(config):
     try:
         tokenizer = Tokenizer(Path(path).read_bytes(), path)
     except OSError as error:
-        raise UserError(f"--tokenizer {path} cannot be read ({error.strerror}): pass the tok*.model of a prepared corpus, "
-                        "such as data/tok4096.model.") from error
+        raise UserError(f"--tokenizer {path} cannot be read ({error.strerror}): pass the tok*.model of a prepared "
+                        "corpus, such as data/tok4096.model.") from error
     if tokenizer.decode(tokenizer.encode(probe)) != probe or tokenizer.vocab_size > 65536:
-        raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus, such "
-                        "as data/tok4096.model, or what `python export.py --format tokenizer` writes.")
+        raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus, "
+                        "such as data/tok4096.model, or what `python export.py --format tokenizer` writes.")
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise UserError(f"--vocab-size {config.vocab_size} contradicts --tokenizer {path}, which has "
                         f"{tokenizer.vocab_size} tokens: omit --vocab-size.")
@@ -504,8 +512,8 @@ def arguments_of(config, tokenizer):
         config.vocab_size or (512 if config.dataset == "sample" else 4096)
     if config.dataset != "sample" and path.exists():
         if path.is_dir() and Path(config.data_dir).resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--data-dir {config.data_dir} is inside --dataset {path}, so the prepared files would become "
-                            "part of the corpus: pass another --data-dir.")
+            raise UserError(f"--data-dir {config.data_dir} is inside --dataset {path}, so the prepared files would "
+                            "become part of the corpus: pass another --data-dir.")
         digest = hashlib.sha256()
         for file in sorted(itertools.chain.from_iterable(local_files(path)[0].values())):
             digest.update(f"{file.relative_to(path)}\n".encode())
@@ -530,13 +538,13 @@ def write_json(path, value):
 
 
 def open_partial(config, arguments, overwrite):
-    """DATA-DIR/partial, with what an interrupted run with the same arguments left there; and the commit of its corpus."""
+    """(DATA-DIR/partial with what an interrupted run with the same arguments left there, the commit of its corpus)."""
     folder = Path(config.data_dir) / "partial"
     existing = read_json(folder / "arguments.json") or {}
     changed = changes(existing, arguments)
-    if existing and changed and not overwrite:
-        raise UserError(f"{folder} contains an interrupted preparation with {changed}: rerun its command to resume it, or "
-                        "pass --overwrite to start over, or another --data-dir.")
+    if changed and any(folder.glob("*.bin")) and not overwrite:
+        raise UserError(f"{folder} contains an interrupted preparation with {changed}: rerun its command to resume it, "
+                        "or pass --overwrite to start over, or another --data-dir.")
     commit = existing.get("commit")
     if changed:
         shutil.rmtree(folder, ignore_errors=True)
@@ -566,9 +574,10 @@ def prepare(config, threads, overwrite):
     is_sample, path = config.dataset == "sample", Path(config.dataset)
     if is_sample and path.exists():
         click.echo("--dataset sample is the built-in corpus; for the folder of that name type ./sample")
-    if not (is_sample or path.exists()) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", config.dataset):
-        raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hugging Face Hub, or "
-                        "sample.")
+    hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", config.dataset)
+    if not (is_sample or path.exists() or hub_name):
+        raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hugging Face Hub, "
+                        "or sample.")
     arguments, meta = arguments_of(config, given), read_json(data_dir / "meta.json")
     if meta and not overwrite:
         if changed := changes(meta.get("arguments", {}), arguments):
@@ -588,15 +597,15 @@ def prepare(config, threads, overwrite):
     parts = select_parts(train, config)
     selected = sum(map(len, parts.values()))
     if selected < len(train):
-        size = sum(int(stories.story_bytes().sum()) for stories in (train, *parts.values()))
-        left_out["not selected"] = [len(train) - selected, 2 * int(train.story_bytes().sum()) - size]
+        selected_bytes = sum(stories.story_bytes().sum() for stories in parts.values())
+        left_out["not selected"] = [len(train) - selected, int(train.story_bytes().sum() - selected_bytes)]
 
-    path = folder / f"tok{arguments['vocab_size']}.model"
-    if not path.exists():
+    model_path = folder / f"tok{arguments['vocab_size']}.model"
+    if not model_path.exists():
         tokenizer = given or train_vocabulary(parts.values(), arguments["vocab_size"], config.seed)
-        with atomic_write(path) as file:
+        with atomic_write(model_path) as file:
             file.write(tokenizer.model_bytes)
-    tokenizer = Tokenizer(path.read_bytes(), path)
+    tokenizer = Tokenizer(model_path.read_bytes(), model_path)
 
     with tqdm(total=len(val) + selected, desc="encoding", unit=" stories", **bar_options()) as bar:
         for name, stories in {"val_000.bin": val, **parts}.items():
@@ -606,7 +615,7 @@ def prepare(config, threads, overwrite):
                 write_shard(folder / name, stories, tokenizer, threads, bar)
 
     meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, left_out=left_out, **facts,
-                vocab_size=tokenizer.vocab_size, tokenizer=dict(file=path.name, sha256=tokenizer.sha256),
+                vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
                 val=[describe_shard(folder / "val_000.bin", tokenizer)],
                 train=[describe_shard(folder / name, tokenizer) for name in parts])
     publish(folder, data_dir, meta)
@@ -721,35 +730,39 @@ STORY = """{opening} {toy} {outing} {meeting}
 
 GRAMMAR = {
     "opening": independent("Once upon a time, there was {a trait} {child} named {hero}. 5 |"
-                      "Once there was {a trait} {child} named {hero}. 4 | There was {a trait} {child} named {hero}. 3"),
+                           "Once there was {a trait} {child} named {hero}. 4 |"
+                           "There was {a trait} {child} named {hero}. 3"),
     "trait": independent("little 6 | kind 5 | happy 4 | good 3 | shy 3 | brave 2 | funny 1 | silly 1"),
     "child": independent("girl 1 | boy 1"),
     "hero": dependent("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Eve 3 | Nan 2 | Ava 1",
-                            "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
+                                "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
     "toy": independent("{He} had {a colour} {thing}. 5 | {He} loved {his} {colour} {thing}. 4 |"
-                  "{He} found {a colour} {thing}. 3"),
+                       "{He} found {a colour} {thing}. 3"),
     "colour": independent("red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | tan 1"),
     "thing": independent(" | ".join(KINDS.values())),
     "outing": independent("One {weather} {time}, {he} took it to the {place}. 5 |"
-                     "One {weather} {time}, {he} went to the {place}. 4"),
+                          "One {weather} {time}, {he} went to the {place}. 4"),
     "weather": independent("sunny 8 | warm 6 | windy 5 | cold 4 | hot 3 | rainy 2 | foggy 1"),
     "time": independent("day 5 | morning 4 | night 3"),
-    "place": independent("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 | garden 1"),
+    "place": independent("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 |"
+                         "garden 1"),
     "meeting": independent("There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4"),
     "animal": independent("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 |"
-                     "ant 1"),
+                          "ant 1"),
     "friend": independent("Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Pom 2 | Mo 1"),
-    "trouble": independent("But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 | Oh no! The {thing} {mishap}. 3"),
-    "mishap": dependent("thing", {thing: MISHAPS[kind] for kind, line in KINDS.items() for thing in parse_weights(line)}),
+    "trouble": independent("But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 |"
+                           "Oh no! The {thing} {mishap}. 3"),
+    "mishap": dependent("thing", {thing: MISHAPS[kind] for kind, line in KINDS.items()
+                                  for thing in parse_weights(line)}),
     "sorrow": independent("{hero} was {feeling} and {reaction}. 5 | {hero} felt {feeling} and {reaction}. 4"),
     "feeling": independent("sad 8 | mad 5 | upset 4 | scared 4 | lost 3 | bad 2"),
     "reaction": independent("cried 6 | sat down 5 | ran home 3 | looked up 2 | hid 2 | stood still 1"),
     "comfort": independent('"{promise}," said {friend}. 5 | {friend} said, "{promise}." 4'),
     "promise": independent("I can help 6 | Do not cry 5 | Let me try 4 | I will get it 3 | I saw it 2 | Be brave 1"),
     "rescue": independent("The {animal} {fix} and got the {colour} {thing}. 5 |"
-                     "The {animal} {fix} and found the {colour} {thing}. 4"),
+                          "The {animal} {fix} and found the {colour} {thing}. 4"),
     "fix": dependent("mishap", {mishap: FIXES[mishap.split()[-1]]
-                            for line in MISHAPS.values() for mishap in parse_weights(line)}),
+                                for line in MISHAPS.values() for mishap in parse_weights(line)}),
     "thanks": independent('"{praise}, {friend}!" said {hero}. 5 | {hero} said, "{praise}, {friend}!" 4'),
     "praise": independent("Thank you 6 | You are kind 4 | You are good 3 | Well done 3 | You are brave 2"),
     "treat": independent("They had {food}. 5 | They ate {food}. 4 | They shared {food}. 3"),
