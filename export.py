@@ -1,308 +1,254 @@
-"""A trained model for other programs: Hugging Face transformers (hf), llama.cpp (gguf), or its weights alone (pt)."""
+"""A trained model in the formats of other programs: Hugging Face transformers (hf) and llama.cpp (gguf)."""
 
 import contextlib
 import importlib
 import json
-import os
-import shutil
+import re
+import tempfile
 from pathlib import Path
 
 import click
 
-from config import COMMAND_LINE, GroupedCommand, SampleConfig, UserError, cannot_write, replace_file, replacing
-from model import NORM_EPS, ROPE_BASE, build_model, read_checkpoint, save_checkpoint
-from preprocess import Tokenizer
+from config import CONTEXT_SETTINGS, Command, SampleConfig, UserError, atomic_write, quoted, replace_file, short_message
+from data import Tokenizer
+from model import NORM_EPS, ROPE_BASE, find_checkpoint, load_checkpoint, save_checkpoint
 
-HF_FILES = ("config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-            "tokenizer.model", "tokenizer_config.json")
+SAMPLING = SampleConfig()  # an exported model generates with the defaults of chat.py
 
-# Our module: its names in transformers and in llama.cpp. {} is the layer.
-NAMES = {
+# Our module: its names in transformers and in llama.cpp. A fused matrix is split among several names.
+TENSOR_NAMES = {
     "wte": ("model.embed_tokens", "token_embd"),
-    "ln_1": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    "attn.q": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    "attn.k": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    "attn.v": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    "attn.q_norm": ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
-    "attn.k_norm": ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
-    "attn.c_proj": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    "ln_2": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    "mlp.gate": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    "mlp.up": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    "mlp.c_proj": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    "ln_1": ("input_layernorm", "attn_norm"),
+    "attn.c_attn": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn_q attn_k attn_v"),
+    "attn.q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "attn.k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "attn.c_proj": ("self_attn.o_proj", "attn_output"),
+    "ln_2": ("post_attention_layernorm", "ffn_norm"),
+    "mlp.c_fc": ("mlp.gate_proj mlp.up_proj", "ffn_gate ffn_up"),
+    "mlp.c_proj": ("mlp.down_proj", "ffn_down"),
     "ln_f": ("model.norm", "output_norm"),
+    "blocks": ("model.layers", "blk"),
 }
-FUSED = {"attn.c_attn": ("attn.q", "attn.k", "attn.v"), "mlp.c_fc": ("mlp.gate", "mlp.up")}
 
 
-def architecture(config, where):
-    """'llama' or 'qwen3', the stock architecture that computes what this model computes; UserError if there is none."""
-    if config.position == "learned":
-        raise UserError(f"{where} has learned positions, and no stock class of transformers or llama.cpp holds them "
-                        "together with RMSNorm and SwiGLU. A rotary model can be exported: train one with "
-                        "`python train.py --preset llama`. For this one there is --format pt.")
-    if config.qk_norm and config.bias:
-        raise UserError(f"{where} has both qk_norm and bias, and no stock class of transformers or llama.cpp holds "
-                        "the two together: train with --no-bias, or use --format pt.")
-    return "qwen3" if config.qk_norm else "llama"
-
-
-def split_weights(model):
-    """Yield (module, layer, "weight" or "bias", tensor) for each name in NAMES: fused matrices in their parts."""
+def renamed_weights(model, column):
+    """Yield (name, float32 tensor) with the names of transformers (column 0) or llama.cpp (column 1)."""
     for name, tensor in model.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        layer = None
-        if module.startswith("blocks."):
-            _, layer, module = module.split(".", 2)
-        modules = FUSED.get(module, (module,))
-        for module, part in zip(modules, tensor.float().chunk(len(modules)), strict=True):
-            yield module, layer, kind, part
+        layer, module, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+        prefix = f"{TENSOR_NAMES['blocks'][column]}.{layer}." if layer else ""
+        names = TENSOR_NAMES[module][column].split()
+        for new_name, part in zip(names, tensor.float().chunk(len(names)), strict=True):
+            yield f"{prefix}{new_name}.{kind}", part
 
 
-def read_tokenizer(model_bytes, vocab_size, where):
-    """The SentencePiece processor, once it is sure that exports can rely on its ids."""
-    tokenizer = Tokenizer(model_bytes, f"the tokenizer in {where}")
-    ids, processor = (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id), tokenizer.processor
-    if ids != (0, 1, 2) or len(processor) != vocab_size or not processor.is_byte(processor.piece_to_id("<0x0A>")):
-        raise UserError(f"{where}: its tokenizer has {len(processor)} tokens (the model {vocab_size}) and the ids "
-                        f"{ids} for unknown, begin and end; it was not made by `python preprocess.py`.")
-    return processor
+def architecture(config):
+    """llama or qwen3, whichever of the two computes what this model computes; UserError if neither does."""
+    if config.position == "learned":
+        obstacle, remedy = "learned positions", "--preset llama"
+    elif config.qk_norm and config.bias:
+        obstacle, remedy = "both QK-norm and biases", "--no-bias"
+    else:
+        return "qwen3" if config.qk_norm else "llama"
+    raise UserError(f"this model has {obstacle}, and no architecture of transformers or llama.cpp matches that. Use "
+                    f"--format pt, or train a model that can be exported: python train.py {remedy}")
 
 
-# Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer load.
-
-def hf_config(config, kind):
-    """config.json. Versions 4 and 5 of transformers read different keys for the rotary base and the dtype."""
-    return dict(
-        architectures=["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"], model_type=kind,
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head, max_position_embeddings=config.block_size, hidden_act="silu",
-        rms_norm_eps=NORM_EPS, rope_theta=ROPE_BASE, rope_parameters=dict(rope_type="default", rope_theta=ROPE_BASE),
-        attention_bias=config.bias, mlp_bias=config.bias, attention_dropout=0.0, tie_word_embeddings=True,
-        initializer_range=0.02, use_cache=True, bos_token_id=1, eos_token_id=2, torch_dtype="float32", dtype="float32")
+def max_new_tokens(config):
+    """Positions past the context were never trained, so a quarter of it is kept for the prompt."""
+    return min(SAMPLING.max_new_tokens, config.block_size * 3 // 4)
 
 
-def generation_config(config):
-    """The defaults of chat.py, short enough for a prompt before: positions past the context were never trained."""
-    sample = SampleConfig()
-    return dict(bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=True, temperature=sample.temperature,
-                top_k=sample.top_k, top_p=sample.top_p, repetition_penalty=sample.repetition_penalty,
-                max_new_tokens=min(sample.max_new_tokens, config.block_size * 3 // 4))
+def import_optional(module):
+    """A module that only one format needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(f"cannot import {package} ({short_message(error)}): pip install {package}") from error
 
 
-def merges(tokenizer):
-    """The pairs (left, right) that SentencePiece may join: every way to cut each piece, the best piece first."""
-    scores = {tokenizer.id_to_piece(i): tokenizer.get_score(i) for i in range(len(tokenizer))
-              if not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_byte(i))}
-    return [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
-            for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
+@contextlib.contextmanager
+def atomic_output(output):
+    """A path in a temporary folder; the file or folder that the block writes there replaces `output` if it succeeds."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
+        yield Path(temporary, "new")
+        if output.is_dir():  # os.replace does not replace a folder with files in it
+            replace_file(output, Path(temporary, "old"))
+        replace_file(Path(temporary, "new"), output)
 
 
-def tokenizer_json(tokenizer):
-    """tokenizer.json: SentencePiece's pieces and merges, no space added, bos in front (add_special_tokens)."""
-    special = [tokenizer.id_to_piece(i) for i in range(3)]
-    bos, first, second = dict(id=special[1], type_id=0), dict(id="A", type_id=0), dict(id="B", type_id=0)
-    single = [dict(SpecialToken=bos), dict(Sequence=first)]
+# -----------------------------------------------------------------------------
+# Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer load
+
+HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+            "tokenizer.model", "tokenizer_config.json"}
+
+
+def tokenizer_json(processor):
+    """SentencePiece's BPE for the library tokenizers: no space is added in front, but bos is (add_special_tokens)."""
+    pieces = {processor.id_to_piece(i): i for i in range(len(processor))}
+    scores = {piece: processor.get_score(i) for piece, i in pieces.items() if i > 2 and not processor.is_byte(i)}
+    # SentencePiece joins any two pieces that make up a third, best third first.
+    merges = [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
+              for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
+    unk, bos, eos = list(pieces)[:3]
+    single = [dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0))]
     return dict(
         version="1.0", truncation=None, padding=None,
         added_tokens=[dict(id=i, content=piece, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                           special=True) for i, piece in enumerate(special)],
+                           special=True) for i, piece in enumerate([unk, bos, eos])],
         normalizer=dict(type="Replace", pattern=dict(String=" "), content="▁"), pre_tokenizer=None,
-        post_processor=dict(type="TemplateProcessing", single=single, pair=single + [dict(Sequence=second)],
-                            special_tokens={special[1]: dict(id=special[1], ids=[1], tokens=[special[1]])}),
+        post_processor=dict(type="TemplateProcessing", single=single,
+                            pair=single + [dict(Sequence=dict(id="B", type_id=0))],
+                            special_tokens={bos: dict(id=bos, ids=[1], tokens=[bos])}),
         decoder=dict(type="Sequence", decoders=[dict(type="Replace", pattern=dict(String="▁"), content=" "),
                                                 dict(type="ByteFallback"), dict(type="Fuse")]),
-        model=dict(type="BPE", dropout=None, unk_token=special[0], continuing_subword_prefix=None,
-                   end_of_word_suffix=None, fuse_unk=True, byte_fallback=True, ignore_merges=False,
-                   vocab={tokenizer.id_to_piece(i): i for i in range(len(tokenizer))}, merges=merges(tokenizer)))
+        model=dict(type="BPE", dropout=None, unk_token=unk, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   fuse_unk=True, byte_fallback=True, ignore_merges=False, vocab=pieces, merges=merges))
 
 
-def special_tokens(tokenizer):
-    return {f"{name}_token": tokenizer.id_to_piece(i) for i, name in enumerate(["unk", "bos", "eos"])}
+def hf_json(config, processor):
+    """The JSON files by name. Versions 4 and 5 of transformers read different keys for rotary base and dtype."""
+    kind = architecture(config)
+    ids = dict(unk=0, bos=1, eos=2, pad=0)  # padding with </s> would hide the end of every story from fine-tuning
+    special = {f"{name}_token": processor.id_to_piece(i) for name, i in ids.items()}
+    return {
+        "config.json": dict(
+            architectures=["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"], model_type=kind,
+            vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_head,
+            head_dim=config.n_embd // config.n_head, max_position_embeddings=config.block_size, hidden_act="silu",
+            attention_bias=config.bias, mlp_bias=config.bias, rms_norm_eps=NORM_EPS, tie_word_embeddings=True,
+            rope_theta=ROPE_BASE, rope_parameters=dict(rope_type="default", rope_theta=ROPE_BASE), bos_token_id=1,
+            eos_token_id=2, torch_dtype="float32", dtype="float32"),
+        "generation_config.json": dict(
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, do_sample=True, temperature=SAMPLING.temperature,
+            top_k=SAMPLING.top_k, top_p=SAMPLING.top_p, repetition_penalty=SAMPLING.repetition_penalty,
+            max_new_tokens=max_new_tokens(config)),
+        "special_tokens_map.json": special,
+        "tokenizer.json": tokenizer_json(processor),
+        "tokenizer_config.json": special | dict(
+            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.block_size, add_bos_token=True,
+            add_eos_token=False, add_prefix_space=False, legacy=False, clean_up_tokenization_spaces=False,
+            split_special_tokens=True,  # a literal "</s>" in a text is text, as in training
+            padding_side="left", model_input_names=["input_ids", "attention_mask"]),
+    }
 
 
-def tokenizer_config(tokenizer, config):
-    """tokenizer_config.json. A literal "</s>" in a text is text, as in training: split_special_tokens."""
-    return special_tokens(tokenizer) | dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.block_size, add_bos_token=True,
-        add_eos_token=False, add_prefix_space=False, legacy=False, clean_up_tokenization_spaces=False,
-        split_special_tokens=True, padding_side="left")
-
-
-def write_hf(output, contents, model, tokenizer, where):
-    config, kind = model.config, architecture(model.config, where)
-    safetensors, save_file = optional("safetensors", "hf"), optional("safetensors.torch", "hf").save_file
-    files = {"config.json": hf_config(config, kind), "generation_config.json": generation_config(config),
-             "special_tokens_map.json": special_tokens(tokenizer), "tokenizer.json": tokenizer_json(tokenizer),
-             "tokenizer_config.json": tokenizer_config(tokenizer, config)}
-    with staged(output) as folder:
+def write_hf(output, model, tokenizer):
+    files, save = hf_json(model.config, tokenizer.processor), import_optional("safetensors.torch").save
+    with atomic_output(output) as folder:
         folder.mkdir()
         for name, values in files.items():
-            with replacing(folder / name, "w") as file:
-                json.dump(values, file, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
-        with replacing(folder / "tokenizer.model") as file:
-            file.write(contents["tokenizer"])
-        weights = {f"{NAMES[module][0].format(layer)}.{name}": part
-                   for module, layer, name, part in split_weights(model)}
-        try:
-            save_file(weights, folder / "model.safetensors", dict(format="pt"))
-        except safetensors.SafetensorError as error:  # a full disk, mostly
-            raise OSError(error) from error
-    return files["config.json"]["architectures"][0], (
-        "Try it (pip install transformers):\n"
-        "  python -c \"from transformers import pipeline; "
-        f"print(pipeline('text-generation', {output.as_posix()!r})('Once upon a time')[0]['generated_text'])\"")
+            (folder / name).write_text(json.dumps(values, indent=1))
+        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        (folder / "model.safetensors").write_bytes(save(dict(renamed_weights(model, 0)), dict(format="pt")))
+    path = output.as_posix().replace("'", r"\'")
+    return ("Try it (pip install transformers):\n  python -c \"from transformers import pipeline; "
+            f"print(pipeline('text-generation', '{path}')('Once upon a time')[0]['generated_text'])\"")
 
 
-# llama.cpp: one GGUF file.
+# -----------------------------------------------------------------------------
+# llama.cpp: one GGUF file
 
-def interleave(rows, n_head):
-    """Rotary pairs, rows i and i + D/2 of each head in rows (C, ...), moved to 2i and 2i + 1: llama.cpp's for Llama."""
+def permute_rope(rows, n_head):
+    """Move each rotary pair, rows i and i + D/2 of a head in rows (C, ...), to 2i and 2i + 1, llama.cpp's layout."""
     heads = rows.view(n_head, 2, -1, *rows.shape[1:])  # (H, 2, D/2, ...)
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def token_type(tokenizer, i, types):
-    return (types.UNKNOWN if tokenizer.is_unknown(i) else types.CONTROL if tokenizer.is_control(i) else
-            types.BYTE if tokenizer.is_byte(i) else types.NORMAL)
-
-
-def write_gguf(output, contents, model, tokenizer, where):
-    config, kind = model.config, architecture(model.config, where)
-    gguf = optional("gguf", "gguf")
-    ids, head_size = range(len(tokenizer)), config.n_embd // config.n_head
-    facts = dict(
+def write_gguf(output, model, tokenizer):
+    gguf, kind = import_optional("gguf"), architecture(model.config)
+    config, processor, types = model.config, tokenizer.processor, gguf.TokenType
+    ids, head_size = range(config.vocab_size), config.n_embd // config.n_head
+    metadata = dict(
         name=output.stem, file_type=gguf.LlamaFileType.ALL_F32, vocab_size=config.vocab_size,
         context_length=config.block_size, embedding_length=config.n_embd, block_count=config.n_layer,
         feed_forward_length=config.intermediate_size, head_count=config.n_head, head_count_kv=config.n_head,
         key_length=head_size, value_length=head_size, rope_dimension_count=head_size, rope_freq_base=ROPE_BASE,
         layer_norm_rms_eps=NORM_EPS,
         tokenizer_model="llama", tokenizer_pre="default",  # llama.cpp's name for SentencePiece BPE
-        token_list=[tokenizer.id_to_piece(i) for i in ids], token_scores=[tokenizer.get_score(i) for i in ids],
-        token_types=[token_type(tokenizer, i, gguf.TokenType) for i in ids], unk_token_id=0, bos_token_id=1,
-        eos_token_id=2, add_bos_token=True, add_eos_token=False, add_space_prefix=False)
-    with staged(output) as path:
-        writer = gguf.GGUFWriter(path, kind)
-        for fact, value in facts.items():
-            getattr(writer, f"add_{fact}")(value)
-        for module, layer, name, part in split_weights(model):
-            if kind == "llama" and module in ("attn.q", "attn.k"):  # for Qwen3, llama.cpp pairs rows as we do
-                part = interleave(part, config.n_head)
-            writer.add_tensor(f"{NAMES[module][1].format(layer)}.{name}", part.numpy())
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-    return f"llama.cpp's {kind}", (
-        "Try it (llama.cpp; its older versions call the program llama-cli):\n"
-        f"  llama-completion -m \"{output}\" -no-cnv -p \"Once upon a time\" -n 200 --temp 0.6 --top-k 20")
+        token_list=[processor.id_to_piece(i) for i in ids], token_scores=[processor.get_score(i) for i in ids],
+        token_types=[types.UNKNOWN, types.CONTROL, types.CONTROL,
+                     *(types.BYTE if processor.is_byte(i) else types.NORMAL for i in ids[3:])],
+        unk_token_id=0, bos_token_id=1, eos_token_id=2, add_bos_token=True, add_eos_token=False, add_space_prefix=False,
+        sampling_temp=SAMPLING.temperature, sampling_top_k=SAMPLING.top_k, sampling_top_p=SAMPLING.top_p,
+        sampling_min_p=SAMPLING.min_p, sampling_penalty_last_n=SAMPLING.repetition_window,
+        sampling_penalty_repeat=SAMPLING.repetition_penalty)
+    with atomic_output(output) as path, contextlib.closing(gguf.GGUFWriter(path, kind)) as writer:
+        for name, value in metadata.items():
+            if hasattr(writer, f"add_{name}"):  # sampling_* are new in gguf, and only convenient
+                getattr(writer, f"add_{name}")(value)
+        for name, tensor in renamed_weights(model, 1):
+            if kind == "llama" and re.search(r"attn_[qk]\.", name):  # in Qwen3, llama.cpp pairs rows as we do
+                tensor = permute_rope(tensor, config.n_head)
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return ("Try it (llama.cpp; its older versions call the program llama-cli):\n"
+            f"  llama-completion -m {quoted(output)} -no-cnv -p \"Once upon a time\" -n {max_new_tokens(config)} "
+            f"--temp {SAMPLING.temperature} --top-k {SAMPLING.top_k} --repeat-penalty {SAMPLING.repetition_penalty}")
 
 
-def write_tokenizer(output, contents, model, tokenizer, where):
-    with replacing(output) as file:
-        file.write(contents["tokenizer"])
-    return "its vocabulary", (f"Prepare text with it:\n  python preprocess.py prepare-dataset --tokenizer \"{output}\" "
-                              "--dataset YOUR-TEXT --data-dir data/mine")
+# -----------------------------------------------------------------------------
+# Our own formats, and the command
+
+def write_pt(output, model, tokenizer):
+    save_checkpoint(output, model, tokenizer.model_bytes)
+    return f"Try it:\n  python chat.py --checkpoint {quoted(output)}"
 
 
-def write_pt(output, contents, model, tokenizer, where):
-    save_checkpoint(output, model, contents["tokenizer"])
-    return "weights and tokenizer", f"Try it:\n  python chat.py --checkpoint \"{output}\""
-
-
-# The output: refused before any work, complete or not there.
-
-def optional(module, format):
-    """A module that only this format needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise UserError(f"--format {format} needs the package {package} ({error}): pip install {package}") from error
-
-
-def check_output(output, format, checkpoint, overwrite):
-    """UserError unless `output` may be written. --overwrite replaces an export, never a folder of anything else."""
-    if output.exists() and checkpoint.exists() and output.samefile(checkpoint):
-        raise UserError(f"{output} is the checkpoint itself: name another file with --output.")
-    if format != "hf" and output.is_dir():
-        raise UserError(f"{output} is a folder, and {format} is one file: --output {output / f'model.{format}'}")
-    if format == "hf" and output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file, and hf writes a folder: name another one with --output.")
-    inside = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if not set(inside) <= set(HF_FILES):
-        other = next(name for name in inside if name not in HF_FILES)
-        raise UserError(f"{output} holds {other}, which is not of an export: name a new folder with --output.")
-    if (inside or output.is_file()) and not overwrite:
-        raise UserError(f"{output} exists: add --overwrite to replace it, or name another with --output.")
-
-
-@contextlib.contextmanager
-def staged(output):
-    """A path in a temporary folder beside `output`: what the block wrote there takes its place when it ends well."""
-    folder = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    new, old = folder / "new", folder / "old"
-    try:
-        folder.mkdir(parents=True)
-        yield new
-        if output.is_dir():  # a folder cannot be replaced in one step
-            replace_file(output, old)
-        try:
-            replace_file(new, output)
-        except OSError:
-            if old.exists():
-                replace_file(old, output)
-            raise
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def report(output, what, advice):
-    """Print the files with their sizes, and the command to type next."""
-    files = sorted(output.iterdir()) if output.is_dir() else [output]
-    click.echo(f"Wrote {output} ({what}):")
-    for file in files:
-        size = file.stat().st_size
-        click.echo(f"  {file.name:<24} {f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB':>10}")
-    click.echo(advice)
+def write_tokenizer(output, model, tokenizer):
+    with atomic_write(output) as file:
+        file.write(tokenizer.model_bytes)
+    return (f"Prepare text with it:\n  python preprocess.py prepare-dataset --tokenizer {quoted(output)} "
+            "--dataset YOUR-TEXT --data-dir data/mine")
 
 
 WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt, "tokenizer": write_tokenizer}
 
 
-@click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
+def check_output(output, format, checkpoint_path, overwrite):
+    """UserError unless `output` may be written. --overwrite replaces an export, never a folder with other files."""
+    is_folder = output.is_dir()
+    contents = {path.name for path in output.iterdir()} if is_folder else set()
+    if output.resolve() == checkpoint_path.resolve():
+        problem = "is the checkpoint itself:"
+    elif output.exists() and is_folder != (format == "hf"):
+        problem = f"is a {'folder' if is_folder else 'file'}, and {format} is a {'file' if is_folder else 'folder'}:"
+    elif contents - HF_FILES:
+        problem = f"contains {min(contents - HF_FILES)}, which no export writes:"
+    elif (contents or output.is_file()) and not overwrite:
+        problem = "exists: add --overwrite to replace it, or"
+    else:
+        return
+    raise UserError(f"{output} {problem} choose another path with --output.")
+
+
+@click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
 @click.option("--format", type=click.Choice(list(WRITERS)), required=True,
-              help="hf: a folder for Hugging Face transformers; gguf: a file for llama.cpp; "
-              "pt: a checkpoint without what only resuming needs; tokenizer: its SentencePiece file")
+              help="hf: a folder for Hugging Face transformers; gguf: a file for llama.cpp; pt: a checkpoint without "
+              "the training state; tokenizer: the SentencePiece model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="PATH",
               help="folder (hf) or file (the others) to write")
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
-              help="model to export  [default: best.pt in --out-dir, or else ckpt.pt]")
-@click.option("--out-dir", type=click.Path(path_type=Path), default=Path("out"), metavar="RUN",
-              help="folder of a training run  [default: out]")
+@click.option("--checkpoint", "checkpoint_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="model to export  [default: best.pt in --out-dir, else ckpt.pt]")
+@click.option("--out-dir", default="out", metavar="FOLDER", help="folder of a training run  [default: out]")
 @click.option("--overwrite", is_flag=True, help="replace an earlier export")
-def main(format, output, checkpoint, out_dir, overwrite):
-    """Write a trained model in the form that another program reads.
+def main(format, output, checkpoint_path, out_dir, overwrite):
+    """Write a trained model in the format of another program.
 
-    Models with rotary positions (--preset llama or demo) become Llama, those with QK-norm Qwen3; both run in
-    transformers and in llama.cpp with no code from here.
+    hf and gguf need rotary positions (--preset llama or demo): the model becomes a Llama, with QK-norm a Qwen3.
     """
-    if checkpoint is None:
-        best, latest = out_dir / "best.pt", out_dir / "ckpt.pt"
-        checkpoint = latest if latest.exists() and not best.exists() else best
-    check_output(output, format, checkpoint, overwrite)
-    contents = read_checkpoint(checkpoint)
-    model = build_model(contents, checkpoint)
-    config = model.config
-    click.echo(f"Read {checkpoint}: {model.count_parameters() / 1e6:.1f} M parameters, {config.position} positions, "
-               f"context {config.block_size}, vocabulary {config.vocab_size}")
-    tokenizer = read_tokenizer(contents["tokenizer"], config.vocab_size, checkpoint)
-    report(output, *WRITERS[format](output, contents, model, tokenizer, checkpoint))
+    checkpoint_path = checkpoint_path or find_checkpoint(out_dir)
+    check_output(output, format, checkpoint_path, overwrite)
+    model, checkpoint = load_checkpoint(checkpoint_path)
+    tokenizer = Tokenizer(checkpoint["tokenizer"], f"the tokenizer in {checkpoint_path}")
+    next_step = WRITERS[format](output, model, tokenizer)
+    parameters = f"{model.count_parameters() / 1e6:.1f} M parameters"
+    click.echo(f"Wrote {output} from {checkpoint_path} ({parameters}).\n{next_step}")
 
 
 if __name__ == "__main__":

@@ -425,8 +425,11 @@ class Run:
 
 
 def describe_loss(val_loss, val_bpb, floor=None):
-    above = f", {100 * (val_loss / floor - 1):.1f}% above the floor of {floor:.4f}" if floor else ""
-    return f"loss {val_loss:.4f}, {val_bpb:.4f} bits per byte{above}"
+    line = f"loss {val_loss:.4f}, {val_bpb:.4f} bits per byte"
+    if floor:
+        is_near = val_loss < 2 * floor  # a percentage means nothing before
+        line += f", {val_loss / floor - 1:.1%} above the floor of {floor:.4f}" if is_near else f" (floor {floor:.4f})"
+    return line
 
 
 def nonfinite_message(run, problem):

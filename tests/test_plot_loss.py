@@ -7,16 +7,17 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from matplotlib import style
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 import plot_loss
-from config import UserError, replace_file
+from config import replace_file
 
 
 def train_line(i, loss, **other):
-    return dict(iter=i, tokens=i * 100, seconds=i * 0.5, train_loss=loss, lr=1e-3, grad_norm=0.5, loss_scale=None,
-                tokens_per_second=200.0, peak_memory_mib=None) | other
+    return dict(iter=i, tokens=i * 100, seconds=i * 0.5, train_loss=loss, lr=1e-3, grad_norm=0.5, loss_scale=1.0,
+                skipped=0, tokens_per_second=200.0, peak_memory_mib=None) | other
 
 
 def val_line(i, loss, **other):
@@ -29,18 +30,17 @@ def write_run(folder, lines, vocab_size=512, end="\n"):
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "metrics.jsonl").write_text(text + end)
     if vocab_size:
-        config = {"model": {"vocab_size": vocab_size}, "train": {}, "corpus": {"source": "x", "vocab_size": vocab_size}}
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": vocab_size}, "train": {}}))
     return folder
 
 
-def learning_run(folder, n=40, best=30):
-    """Training lines every 10 iterations; validation every 100, lowest at iteration 10 * best."""
-    lines = []
-    for i in range(1, n + 1):
+def learning_run(folder, best=30, floor=1.0):
+    """Training lines every 10 iterations to 400; validation every 100, lowest at iteration 10 * best."""
+    lines = [val_line(0, 6.25, floor=floor)]
+    for i in range(1, 41):
         lines.append(train_line(10 * i, 1 + 5 * math.exp(-i / 5)))
         if i % 10 == 0:
-            lines.append(val_line(10 * i, 1.25 + abs(i - best) / 40, floor=1.0))
+            lines.append(val_line(10 * i, 1.25 + abs(i - best) / 40, floor=floor))
     return write_run(folder, lines)
 
 
@@ -48,84 +48,207 @@ def plot(*arguments):
     return CliRunner().invoke(plot_loss.main, [str(argument) for argument in arguments])
 
 
-def words(result, title):
-    """The cells of one row of the printed table, as 'value at iteration'."""
-    line = next(line for line in result.output.splitlines() if line.strip().startswith(title))
-    return line.split(title)[1].split()
-
-
-def drawn_figure(monkeypatch, *arguments):
-    """The matplotlib figure of a command, as it was saved."""
-    from matplotlib.figure import Figure
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+def refusal(*arguments):
+    """The error of a command that has to fail: the last line, and no traceback."""
     result = plot(*arguments)
-    assert result.exit_code == 0, result.output
-    return figures[-1]
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
+def cells(result, title):
+    """The cells of the row of the printed table that begins with `title`."""
+    row = next(line for line in result.output.splitlines() if line.strip().startswith(title))
+    return row.split(title)[1].split()
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """A function: the matplotlib figure of a command, at the moment it would be saved."""
+    figures = []
+
+    def draw(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
+            result = plot(*arguments)
+        assert result.exit_code == 0, result.output
+        return figures[-1]
+    return draw
+
+
+def labels(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def line_named(figure, label):
+    return next(line for line in figure.axes[0].lines if line.get_label().startswith(label))
 
 
 def is_png(path):
     data = path.read_bytes()
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and len(data) > 20_000
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and len(data) > 10_000
 
 
-def refusal(*arguments):
-    """The one line with which a command refuses."""
-    result = plot(*arguments)
-    assert result.exit_code == 1 and "Traceback" not in result.output
-    line = result.output.strip()
-    assert line.startswith("Error: ") and "\n" not in line
-    return line
-
+# -----------------------------------------------------------------------------
+# Reading
 
 def test_a_resumed_run_counts_each_iteration_once_with_its_last_line(tmp_path):
-    run = write_run(tmp_path / "run", [
+    run = plot_loss.Run(write_run(tmp_path / "run", [
         train_line(10, 5.0), train_line(20, 4.0), val_line(20, 4.5), train_line(30, 9.0), val_line(30, 9.5),
-        train_line(30, 3.0), val_line(30, 3.5), val_line(25, 3.8), train_line(40, 2.0)])
-    train, val = plot_loss.read_metrics(run / "metrics.jsonl")
-    assert [(line["iter"], line["train_loss"]) for line in train] == [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.0)]
-    assert [(line["iter"], line["val_loss"]) for line in val] == [(20, 4.5), (25, 3.8), (30, 3.5)]
+        train_line(30, 3.0), val_line(30, 3.5), val_line(25, 3.8), train_line(40, 2.0)]))
+    assert [(line["iter"], line["train_loss"]) for line in run.train] == [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.0)]
+    assert [(line["iter"], line["val_loss"]) for line in run.val] == [(20, 4.5), (25, 3.8), (30, 3.5)]
 
+
+@pytest.mark.parametrize("damage", ["garbage", "{", json.dumps(train_line(20, 4.0))[:40], "[1, 2]", '{"train_loss": 3}',
+                                    "\0\0\0", '{"iter": 20, "train_loss": "low"}'])
+def test_a_damaged_or_half_written_line_is_skipped_with_a_note(tmp_path, damage):
+    for number, lines, end in ((2, [train_line(10, 5.0), damage, train_line(30, 4.0)], "\n"),
+                               (3, [train_line(10, 5.0), train_line(30, 4.0), damage], "")):
+        run = write_run(tmp_path / str(number), lines, end=end)
+        result = plot(run)
+        assert result.exit_code == 0 and is_png(run / "loss_curve.png")
+        assert f"{run / 'metrics.jsonl'}, line {number} is damaged" in result.stderr
+        assert cells(result, "training") == "5.0000 at 10 4.0000 at 30 4.0000 at 30".split()
+
+
+def test_a_whole_last_line_without_a_newline_counts(tmp_path):
+    result = plot(write_run(tmp_path / "run", [train_line(10, 5.0), train_line(20, 4.0)], end=""))
+    assert cells(result, "training")[3:6] == "4.0000 at 20".split() and result.stderr == ""
+
+
+def test_what_is_not_a_run_is_skipped_with_a_word(tmp_path):
+    run = learning_run(tmp_path / "out" / "demo")
+    (tmp_path / "out" / "a_file").write_text("text")
+    (tmp_path / "out" / "empty").mkdir()
+    write_run(tmp_path / "out" / "fresh", [], end="")
+    result = plot(*sorted((tmp_path / "out").iterdir()))
+    assert result.exit_code == 0 and is_png(run / "loss_curve.png")
+    skipped = [line.split(": ")[0] for line in result.stderr.splitlines()]
+    assert skipped == [str(tmp_path / "out" / name) for name in ("a_file", "empty", "fresh")]
+
+
+@pytest.mark.parametrize("lines", [None, [], [train_line(10, None), val_line(10, None)], ['{"iter": 10, "tok']])
+def test_without_any_run_the_error_names_the_command_to_type(tmp_path, lines):
+    folder = tmp_path / "my run"
+    if lines is not None:
+        write_run(folder, lines, end="")
+    assert refusal(folder).endswith(f'python train.py --out-dir "{folder}"')
+
+
+def test_without_a_run_in_out_the_one_nearby_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = os.path.join("out", "demo")
+    files = learning_run(tmp_path / run).relative_to(tmp_path).iterdir()
+    assert refusal().endswith(f"python plot_loss.py {run}")
+    assert refusal(*files).endswith(f"python plot_loss.py {run}")
+
+
+# -----------------------------------------------------------------------------
+# The summary
 
 def test_summary_gives_initial_final_and_best_with_their_iterations(tmp_path):
     run = learning_run(tmp_path / "run")
-    result = plot(run)
+    result = plot("--out-dir", run)
     assert result.exit_code == 0
-    assert words(result, "validation, nats a token") == "1.7500 at 100 1.5000 at 400 1.2500 at 300".split()
-    assert words(result, "validation, bits a byte") == "0.5833 at 100 0.5000 at 400 0.4167 at 300".split()
-    assert words(result, "above the floor of 1.0000") == "75.0% at 100 50.0% at 400 25.0% at 300".split()
     first, last = 1 + 5 * math.exp(-1 / 5), 1 + 5 * math.exp(-8)
-    assert words(result, "training, nats a token") == f"{first:.4f} at 10 {last:.4f} at 400 {last:.4f} at 400".split()
-    assert "400 iterations, 40,000 tokens" in result.output
+    assert cells(result, "training") == f"{first:.4f} at 10 {last:.4f} at 400 {last:.4f} at 400".split()
+    assert cells(result, "validation") == "6.2500 at 0 1.5000 at 400 1.2500 at 300".split()
+    assert cells(result, "bits per byte") == "2.0833 at 0 0.5000 at 400 0.4167 at 300".split()
+    assert cells(result, "above floor 1.0000") == ["-", "50.0%", "25.0%"]  # at iteration 0 it would be 525%
+    assert "400 iterations, 40,000 tokens, 3.3 minutes" in result.output
+    assert "whole validation" not in result.output
 
 
-def test_picture_marks_the_best_validation_the_floor_and_guessing(tmp_path, monkeypatch):
-    figure = drawn_figure(monkeypatch, learning_run(tmp_path / "run"))
+def test_summary_gives_the_whole_validation_set_of_a_finished_run(tmp_path):
+    final = val_line(20, 1.5, floor=1.2, full_val_loss=1.6, full_val_bpb=0.53, full_floor=1.25)
+    result = plot(write_run(tmp_path / "run", [val_line(10, 2.0, floor=1.2), final]))
+    assert cells(result, "whole validation")[:3] == "1.6000 at 20".split()
+    assert cells(result, "above floor 1.2500") == ["28.0%"] * 3
+    assert cells(result, "above floor 1.2000") == ["66.7%", "25.0%", "25.0%"]
+    assert "0.5300 at 20" in result.output
+
+
+def test_the_table_fits_80_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "out", [
+        line | dict(tokens=19_660_800_000, seconds=3e6) for i in (100_000, 300_000)
+        for line in (train_line(i, 11.5), val_line(i, 11.5, floor=10.5, full_val_loss=11.5, full_val_bpb=10.5,
+                                                   full_floor=10.5))])
+    rows = plot().output.splitlines()
+    assert len(rows) > 8 and max(map(len, rows)) <= 80
+
+
+def test_values_that_were_not_finite_are_gaps(tmp_path, figure_of):
+    run = write_run(tmp_path / "run", [
+        train_line(10, 5.0), train_line(20, None, grad_norm=None), train_line(30, 4.0), val_line(30, None, floor=1.0),
+        train_line(40, 3.0), val_line(40, 3.25, floor=1.0), train_line(50, math.nan)])
+    result = plot(run)
+    assert cells(result, "training") == "5.0000 at 10 nan at 50 3.0000 at 40".split()
+    assert cells(result, "validation") == "nan at 30 3.2500 at 40 3.2500 at 40".split()
+    losses = line_named(figure_of(run), "training").get_ydata()
+    assert [math.isnan(y) for y in losses] == [False, True, False, False, True]
+
+
+# -----------------------------------------------------------------------------
+# The picture
+
+def test_picture_marks_the_best_validation_and_the_floor(tmp_path, figure_of):
+    figure = figure_of(learning_run(tmp_path / "run"))
     loss, rate = figure.axes
-    texts = [text.get_text() for text in loss.texts]
-    assert "best validation: 1.250 at 300" in texts
-    assert "floor of this corpus: 1.000" in texts
-    assert any(text.startswith("guessing: ln 512 = 6.24") for text in texts)
-    assert loss.get_ylabel() == "loss, nats a token" and rate.get_xlabel() == "iteration"
-    assert any(list(line.get_xdata()) == [300] and list(line.get_ydata()) == [1.25] for line in loss.lines)
+    assert labels(figure) == ["training", "validation: best 1.250", "corpus floor: 1.000"]
+    number, = loss.texts
+    assert number.get_text() == "1.250" and number.xy == (300, 1.25)
+    ring, = (line for line in loss.lines if line.get_markerfacecolor() == "none")
+    assert list(ring.get_xdata()) == [300] and list(ring.get_ydata()) == [1.25]
+    assert loss.get_ylabel() == "loss, nats per token" and rate.get_xlabel() == "iteration"
+    assert rate.get_title(loc="left") == "learning rate"
+    floor = line_named(figure, "corpus floor").get_ydata()[0]
+    assert floor == 1.0 and loss.get_ylim()[0] < 1.0
 
 
-def test_early_losses_leave_the_picture_where_they_would_squash_the_rest(tmp_path, monkeypatch):
-    lines = [train_line(i, 1.5 + 6.8 * math.exp(-i / 200)) for i in range(10, 20_001, 10)]
+def test_guessing_is_drawn_where_it_fits_the_scale(tmp_path, figure_of):
+    falling = [train_line(i, 6.0 - i / 20) for i in range(10, 60, 10)]
+    figure = figure_of(write_run(tmp_path / "early", [val_line(0, 6.25), *falling, val_line(50, 4.0)]))
+    low, high = figure.axes[0].get_ylim()
+    assert "guessing: ln 512 = 6.24" in labels(figure) and low < 3.5 and high > 6.25
+    late = learning_run(tmp_path / "late")
+    assert not any(label.startswith("guessing") for label in labels(figure_of(late)))
+    assert "guessing: ln 512 = 6.24" in labels(figure_of(late, "--log-y"))
+
+
+def test_the_first_fall_does_not_set_the_scale(tmp_path, figure_of):
+    lines = [train_line(i, 1.5 + 6.8 * math.exp(-i / 200), grad_norm=0.5 + 40 * math.exp(-i / 200), lr=i)
+             for i in range(10, 20_001, 10)]
     run = write_run(tmp_path / "run", lines, vocab_size=4096)
-    low, high = drawn_figure(monkeypatch, run).axes[0].get_ylim()
-    assert low < 1.5 and high < 2
-    low, high = drawn_figure(monkeypatch, run, "--log-x").axes[0].get_ylim()
-    assert high > math.log(4096)  # there the start has room of its own
+    loss, rate, norm = figure_of(run, "--panel", "grad-norm").axes
+    assert loss.get_ylim()[0] < 1.5 and loss.get_ylim()[1] < 2
+    assert norm.get_ylim()[0] < 0.5 and norm.get_ylim()[1] < 1
+    assert rate.get_ylim()[0] < 10 and rate.get_ylim()[1] > 20_000  # of the learning rate, all is shown
+    assert figure_of(run, "--log-x").axes[0].get_ylim()[1] > 8  # there, the start has room of its own
+
+
+def test_the_distance_to_the_floor_can_be_seen_in_a_run_like_the_demo(tmp_path, figure_of):
+    lines = [val_line(0, 6.24, floor=0.325)]
+    lines += [train_line(i, 0.36 + 0.4 * math.exp(-i / 60) + 5.5 * math.exp((10 - i) / 10)) for i in range(10, 321, 10)]
+    lines += [val_line(i, loss, floor=0.325) for i, loss in ((80, 0.416), (160, 0.353), (240, 0.338), (320, 0.328))]
+    low, high = figure_of(write_run(tmp_path / "run", lines)).axes[0].get_ylim()
+    assert low < 0.325 and (0.328 - 0.325) / (high - low) > 0.01  # a hundredth of the height: three pixels on a screen
 
 
 @pytest.mark.parametrize("lines", [[train_line(10, 6.0)], [val_line(10, 6.0, floor=1.0)], [val_line(0, 6.2)],
                                    [train_line(10, 6.0), val_line(10, 5.9)]])
-def test_one_point_is_enough(tmp_path, lines):
-    run = write_run(tmp_path / "run", lines)
-    result = plot(run)
-    assert result.exit_code == 0, result.output
-    assert is_png(run / "loss_curve.png")
+@pytest.mark.parametrize("flags", [[], ["--x", "tokens"]])
+def test_one_point_is_seen(tmp_path, figure_of, lines, flags):
+    axis = figure_of(write_run(tmp_path / "run", lines), *flags).axes[0]
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    curves = [line for line in axis.lines if line.get_label().startswith(("training", "validation: best"))]
+    assert len(curves) == len(lines)
+    for line in curves:
+        (x,), (y,) = line.get_data()
+        assert left < x < right and low < y < high and line.get_marker() == "o"
+    assert flags or all(tick == int(tick) for tick in axis.get_xticks())  # there is no half an iteration
 
 
 def test_training_lines_alone_are_enough_without_config(tmp_path):
@@ -135,59 +258,62 @@ def test_training_lines_alone_are_enough_without_config(tmp_path):
     assert is_png(run / "loss_curve.png")
 
 
-@pytest.mark.parametrize("cut", [1, 20, -1])
-def test_a_last_line_cut_short_is_left_for_the_next_look(tmp_path, cut):
-    run = write_run(tmp_path / "run", [train_line(10, 5.0), json.dumps(train_line(20, 4.0))[:cut]], end="")
-    train, _ = plot_loss.read_metrics(run / "metrics.jsonl")
-    assert [line["iter"] for line in train] == [10]
-    assert plot(run).exit_code == 0
-
-
-def test_a_whole_last_line_without_a_newline_counts(tmp_path):
-    run = write_run(tmp_path / "run", [train_line(10, 5.0), train_line(20, 4.0)], end="")
-    assert [line["iter"] for line in plot_loss.read_metrics(run / "metrics.jsonl")[0]] == [10, 20]
-
-
-def test_null_values_are_gaps_and_are_called_not_finite(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run", [
-        train_line(10, 5.0), train_line(20, None, grad_norm=None), train_line(30, 4.0),
-        val_line(30, None), train_line(40, 3.0), val_line(40, 3.25, floor=None), train_line(50, math.nan)])
-    result = plot(run)
-    assert result.exit_code == 0
-    assert words(result, "training, nats a token") == "5.0000 at 10 not finite 3.0000 at 40".split()
-    assert words(result, "validation, nats a token") == "not finite 3.2500 at 40 3.2500 at 40".split()
-    raw = drawn_figure(monkeypatch, run).axes[0].lines[0].get_ydata(orig=False)
-    assert [math.isnan(y) for y in raw] == [False, True, False, False, True]
-
-
 def test_smoothing_is_a_centred_running_mean_as_long_as_its_input():
     values = [9.0, 1.0, 4.0, 4.0, 7.0, 1.0, 4.0]
     assert plot_loss.running_mean(values, 1) == values
-    assert plot_loss.running_mean(values, 3) == [9, 14 / 3, 3, 5, 4, 4, 2.5]
-    assert plot_loss.running_mean(values, 5) == [9, 14 / 3, 5, 17 / 5, 4, 4, 4]
+    assert plot_loss.running_mean(values, 3) == pytest.approx([9, 14 / 3, 3, 5, 4, 4, 2.5])
+    assert plot_loss.running_mean(values, 5) == pytest.approx([9, 14 / 3, 5, 17 / 5, 4, 4, 4])
     assert plot_loss.running_mean(values, 100)[3] == pytest.approx(sum(values) / 7)
     assert plot_loss.running_mean([], 5) == []
+    fall = [100.0 - i for i in range(50)]
+    assert plot_loss.running_mean(fall, 11)[:45] == pytest.approx(fall[:45])
 
 
-def test_smoothing_does_not_bend_a_straight_fall_before_its_end():
-    line = [100.0 - i for i in range(50)]
-    assert plot_loss.running_mean(line, 11)[:45] == pytest.approx(line[:45])
+def test_smoothing_is_as_asked_for_and_a_fiftieth_of_the_lines_otherwise(tmp_path, figure_of):
+    losses = [float(i % 5) + 1 for i in range(300)]
+    run = write_run(tmp_path / "run", [train_line(i, loss) for i, loss in enumerate(losses)])
+    for flags, width in (([], 6), (["--smooth", 4], 4), (["--smooth", 1], 1)):
+        figure = figure_of(run, *flags)
+        assert list(line_named(figure, "training").get_ydata()) == plot_loss.running_mean(losses, width)
+        assert list(figure.axes[0].lines[0].get_ydata()) == losses  # the unsmoothed curve, pale
 
 
-def test_smoothing_leaves_out_what_is_missing():
-    assert plot_loss.running_mean([2.0, None, 4.0], 3) == [2, 3, 4]
-    assert plot_loss.running_mean([None, None, 4.0], 1) == [None, None, 4]
+def test_several_runs_share_one_picture_and_are_told_apart(tmp_path, monkeypatch, figure_of):
+    monkeypatch.chdir(tmp_path)
+    runs = [learning_run(tmp_path / name, best=best).relative_to(tmp_path)
+            for name, best in (("a/out", 20), ("b/out", 30), ("_c", 40))]
+    write_run(tmp_path / "new", [train_line(i, 5.0) for i in range(10)], vocab_size=None)
+    runs.append("new")
+    assert plot(*runs, "--output", "all.png").exit_code == 0
+    figure = figure_of(*runs)
+    assert labels(figure) == [f"best 1.250: {runs[0]}", f"best 1.250: {runs[1]}", "best 1.250: _c", "none yet: new"]
+    assert len({handle.get_color() for handle in figure.legends[0].legend_handles}) == 4
+    assert not any(text.get_text() for text in figure.axes[0].texts)  # the numbers would cover one another
+    assert is_png(tmp_path / "all.png") and not (runs[1] / "loss_curve.png").exists()
+    many = [write_run(tmp_path / f"run{i}", [train_line(j, 5.0 - i / 10) for j in range(10)]) for i in range(10)]
+    handles = figure_of(*many).legends[0].legend_handles
+    with style.context(plot_loss.STYLE):
+        assert len({(to_hex(handle.get_color()), handle.get_linestyle()) for handle in handles}) == 10
 
 
-def test_several_runs_share_one_picture_under_their_shortest_names(tmp_path, monkeypatch):
-    runs = [learning_run(tmp_path / name, best=best) for name, best in (("a/out", 20), ("b/out", 30), ("_c", 40))]
-    picture = tmp_path / "all.png"
-    figure = drawn_figure(monkeypatch, *runs, "--output", picture)
-    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert names == ["a/out: best 1.250", "b/out: best 1.250", "_c: best 1.250"]
-    colors = {handle.get_color() for handle in figure.axes[0].get_legend().legend_handles}
-    assert len(colors) == 3
-    assert is_png(picture) and not (runs[0] / "loss_curve.png").exists()
+def test_floor_and_guessing_are_drawn_only_where_the_runs_share_them(tmp_path, figure_of):
+    one, same, other = (learning_run(tmp_path / str(i), floor=floor) for i, floor in enumerate((1.0, 1.0, 1.1)))
+    assert "corpus floor: 1.000" in labels(figure_of(one, same))
+    assert not any(label.startswith("corpus floor") for label in labels(figure_of(one, other)))
+    unknown = write_run(tmp_path / "unknown", [val_line(10, 6.0)], vocab_size=None)
+    assert not any(label.startswith("guessing") for label in labels(figure_of(unknown, one, "--log-y")))
+
+
+def test_runs_of_different_vocabularies_are_compared_in_bits_per_byte(tmp_path, figure_of):
+    lines = [val_line(0, 6.0), train_line(5, 4.5), train_line(10, 4.0), val_line(10, 3.0)]
+    small, large = (write_run(tmp_path / str(size), lines, vocab_size=size) for size in (512, 4096))
+    axis = figure_of(small, large).axes[0]
+    assert axis.get_ylabel() == "loss, bits per byte"
+    curves = [list(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) > 1]
+    assert curves == [[2.0, 1.0], [2.0, 1.0]]  # and no training loss, whose bytes are not known
+    assert "bits per byte, of validation only" in plot(small, large).output
+    assert "The vocabularies differ" not in plot(small).output
+    assert figure_of(small).axes[0].get_ylabel() == "loss, nats per token"
 
 
 def test_a_run_named_twice_is_drawn_once(tmp_path, monkeypatch):
@@ -197,18 +323,33 @@ def test_a_run_named_twice_is_drawn_once(tmp_path, monkeypatch):
     assert result.exit_code == 0 and result.output.count("iterations") == 1
 
 
-def test_ten_runs_of_ten_lines_are_told_apart(tmp_path, monkeypatch):
-    runs = [write_run(tmp_path / f"run{i}", [train_line(j, 5.0 - i / 10) for j in range(10)]) for i in range(10)]
-    figure = drawn_figure(monkeypatch, *runs)
-    looks = {(h.get_color(), h.get_linestyle()) for h in figure.axes[0].get_legend().legend_handles}
-    assert len(looks) == 10
+@pytest.mark.parametrize("flags, label, end", [
+    (["--x", "tokens"], "tokens, millions", 0.04), (["--x", "seconds"], "training time, minutes", 200 / 60),
+    (["--log-x", "--log-y"], "iteration", 400)])
+def test_axes_on_request(tmp_path, figure_of, flags, label, end):
+    figure = figure_of(learning_run(tmp_path / "run"), *flags)
+    assert figure.axes[-1].get_xlabel() == label
+    assert line_named(figure, "training").get_xdata()[-1] == pytest.approx(end)
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == ("log" if "--log-x" in flags else "linear")
+    zero = figure.axes[0].transData.transform((0, 1))[0]  # iteration 0 has no place on a logarithmic axis
+    assert math.isfinite(zero) == ("--log-x" not in flags)
 
 
-def test_differing_vocabularies_are_pointed_out(tmp_path):
-    small, large = (write_run(tmp_path / str(v), [val_line(10, 2.0)], vocab_size=v) for v in (512, 4096))
-    assert "judge by bits a byte" in plot(small, large).output
-    assert "judge by bits a byte" not in plot(small).output
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+def test_a_run_at_iteration_0_does_no_harm_on_a_logarithmic_axis(tmp_path):
+    assert "6.2000 at 0" in plot(write_run(tmp_path / "run", [val_line(0, 6.2)]), "--log-x").output
+    assert is_png(tmp_path / "run" / "loss_curve.png")
 
+
+def test_panels_on_request(tmp_path, figure_of):
+    run = write_run(tmp_path / "run", [train_line(i, 5.0, loss_scale=65536.0) for i in range(1, 9)])
+    axes = figure_of(run, "--panel", "grad-norm", "--panel", "loss_scale", "--panel", "tokens-per-second").axes[1:]
+    assert [(axis.get_title(loc="left"), axis.lines[0].get_ydata()[0]) for axis in axes] == [
+        ("learning rate", 1e-3), ("grad norm", 0.5), ("loss scale", 65536.0), ("tokens per second", 200.0)]
+
+
+# -----------------------------------------------------------------------------
+# The file
 
 def test_svg_and_png_are_written_whole_and_nothing_else(tmp_path):
     run = learning_run(tmp_path / "run")
@@ -220,124 +361,26 @@ def test_svg_and_png_are_written_whole_and_nothing_else(tmp_path):
     assert sorted(os.listdir(run)) == ["config.json", "curve.svg", "loss_curve.png", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("flags, label", [
-    (["--x", "tokens"], "tokens"), (["--x", "seconds"], "training time, minutes"),
-    (["--log-x", "--log-y", "--smooth", "4"], "iteration")])
-def test_axes_on_request(tmp_path, monkeypatch, flags, label):
-    axes = drawn_figure(monkeypatch, learning_run(tmp_path / "run"), *flags).axes
-    assert axes[-1].get_xlabel() == label
-    assert axes[0].get_xscale() == axes[0].get_yscale() == ("log" if "--log-x" in flags else "linear")
-
-
-def test_panels_on_request(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run", [train_line(i, 5.0, loss_scale=65536.0) for i in range(1, 9)])
-    figure = drawn_figure(monkeypatch, run, "--panel", "grad-norm", "--panel", "loss_scale",
-                          "--panel", "tokens-per-second")
-    titles = [axis.get_title(loc="left") for axis in figure.axes[1:]]
-    assert titles == ["learning rate", "gradient norm", "loss scale", "tokens a second"]
-
-
-def test_a_panel_without_a_value_says_what_to_leave_out(tmp_path):
-    result = plot(learning_run(tmp_path / "run"), "--panel", "loss-scale")
-    assert result.exit_code == 1 and result.output.strip().endswith("Leave out: --panel loss-scale")
-
-
-def test_a_missing_run_names_the_command_to_type(tmp_path):
-    assert refusal(tmp_path / "no").endswith(f"type: python train.py --out-dir {tmp_path / 'no'}")
-
-
-def test_without_a_run_in_out_the_one_below_it_is_named(tmp_path, monkeypatch):
-    learning_run(tmp_path / "out" / "demo")
-    monkeypatch.chdir(tmp_path)
-    assert refusal().endswith(f"type: python plot_loss.py {os.path.join('out', 'demo')}")
-
-
-@pytest.mark.parametrize("lines", [[], [train_line(10, None)], ['{"iter": 10, "tok']])
-def test_a_log_without_a_loss_says_when_to_come_back(tmp_path, lines):
-    run = write_run(tmp_path / "run", lines, end="")
-    assert refusal(run).endswith(f"type: python plot_loss.py {run}")
-
-
-@pytest.mark.parametrize("garbage", ["garbage", '{"iter": 20, "train_lo', "[1, 2]", '{"train_loss": 3.0}', "\0\0\0\0",
-                                     '{"iter": 20, "train_loss": "low"}', '{"iter": null, "train_loss": 1.0}',
-                                     '{"iter": -20, "train_loss": 1.0}', '{"iter": 20, "train_loss": -1.0}',
-                                     '{"iter": 20, "train_loss": 1e39}', '{"iter": 20, "val_loss": 1' + 99 * "0" + "}",
-                                     '{"iter": 20, "train_loss": 1.0, "tokens": -1}', "[" * 100_000])
-def test_garbage_in_the_middle_is_refused_by_its_line(tmp_path, garbage):
-    run = write_run(tmp_path / "run", [train_line(10, 5.0), garbage, train_line(30, 4.0)])
-    line = refusal(run)
-    assert f"{run / 'metrics.jsonl'}, line 2" in line and line.endswith(f"type: python plot_loss.py {run}")
-    assert not (run / "loss_curve.png").exists()
-
-
-def test_a_run_with_no_place_on_a_logarithmic_axis_says_what_to_type(tmp_path):
-    run = write_run(tmp_path / "run", [val_line(0, 6.2), val_line(10, None)])
-    result = plot(run, "--log-x")
-    assert result.exit_code == 1 and "Type: --x iteration, without --log-x" in result.output
-
-
-def test_a_loss_of_zero_has_no_place_on_a_logarithmic_axis(tmp_path):
-    run = write_run(tmp_path / "run", [train_line(10, 0.0), train_line(20, 0.0)])
-    assert "Type: --x iteration, without" in plot(run, "--log-y").output
-    assert plot(run).exit_code == 0
-    assert plot(write_run(tmp_path / "other", [train_line(10, 5.0), train_line(99, 0.0)]), "--log-y").exit_code == 0
-
-
-def test_a_loss_below_the_floor_is_drawn_with_the_floor(tmp_path):
-    assert plot(write_run(tmp_path / "run", [val_line(1, 1e-9, floor=0.8)], vocab_size=None)).exit_code == 0
-
-
-NUMBERS = st.one_of(st.none(), st.floats(0, 20), st.integers(0, 9), st.floats(), st.integers(), st.sampled_from(
-    [True, 10**30, -1e-9, 3e38, 1e300]))
-LINES = st.one_of(
-    st.fixed_dictionaries({"iter": st.integers(0, 9)}, optional=dict.fromkeys(
-        ["train_loss", "val_loss", "val_bpb", "floor", "tokens", "seconds"], NUMBERS)),
-    st.text(max_size=6), st.sampled_from(['{"iter": 3, "val_loss": 2', "[[", "NaN", '{"iter": 1e3}', "\ud800", "\x85"]))
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(LINES, max_size=4), st.sampled_from(["", "\n"]))
-def test_a_log_of_any_lines_is_read_as_it_stands_or_refused_in_one_line(tmp_path_factory, lines, end):
-    path = tmp_path_factory.getbasetemp() / "any" / "metrics.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        run = plot_loss.read_run(path.parent)
-    except UserError as error:
-        assert len(error.message.splitlines()) == 1 and str(path) in error.message
-        return
-    there = [{name: None if value in (math.inf, -math.inf) or value != value else value
-              for name, value in line.items()} for line in lines if isinstance(line, dict)]
-    for kind, name in ((run.train, "train_loss"), (run.val, "val_loss")):
-        last = {line["iter"]: line for line in there if name in line}
-        assert kind == [last[i] for i in sorted(last)]
-    assert len(plot_loss.summary(run).splitlines()) >= 3
-
-
 def test_another_kind_of_picture_is_refused_with_the_name_to_type(tmp_path):
     assert refusal(learning_run(tmp_path / "run"), "--output", "x.pdf").endswith("--output x.png")
 
 
-def test_a_picture_that_cannot_be_written_harms_nothing(tmp_path):
+def test_a_picture_that_cannot_be_written_harms_nothing(tmp_path, monkeypatch):
     run = learning_run(tmp_path / "run")
-    result = plot(run, "--output", tmp_path / "no" / "x.png")
-    assert result.exit_code == 1 and "Traceback" not in result.output
-    assert result.output.strip().endswith("--output loss.png")
-    assert sorted(os.listdir(run)) == ["config.json", "metrics.jsonl"]
-
-
-def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    run = learning_run(tmp_path / "run")
+    assert "cannot write" in refusal(run, "--output", run / "metrics.jsonl" / "x.png")
     (run / "loss_curve.png").write_bytes(b"the old one")
-    monkeypatch.setattr(plot_loss.os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError(13, "in use")))
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError(13, "in use")))
     monkeypatch.setattr(replace_file, "__defaults__", (0.1,))  # seconds
-    assert plot(run).exit_code == 1
+    assert "cannot write" in refusal(run)
     assert (run / "loss_curve.png").read_bytes() == b"the old one"
     assert sorted(os.listdir(run)) == ["config.json", "loss_curve.png", "metrics.jsonl"]
 
 
-def test_importing_loads_neither_matplotlib_nor_torch():
-    code = "import sys, plot_loss; print([name for name in ('matplotlib', 'torch', 'numpy') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+def test_no_display_is_needed_and_importing_loads_no_library_of_pictures(tmp_path):
+    code = ("import sys, plot_loss; print([name for name in ('matplotlib', 'numpy', 'torch') if name in sys.modules]); "
+            "plot_loss.main()")
+    environment = {name: value for name, value in os.environ.items() if "DISPLAY" not in name} | {"MPLBACKEND": "TkAgg"}
+    done = subprocess.run([sys.executable, "-c", code, learning_run(tmp_path / "run")], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.splitlines()[0] == "[]", done.stderr
+    assert is_png(tmp_path / "run" / "loss_curve.png")
