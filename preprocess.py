@@ -127,7 +127,7 @@ def read_rows(files, text_field):
         except UnicodeEncodeError:
             raise UserError(f"{path} contains half of a surrogate pair, which is no character: remove it, then "
                             "rerun.") from None
-        except (ValueError, csv.Error) as error:  # includes the errors of json and pyarrow
+        except (ValueError, csv.Error, OSError) as error:  # includes the errors of json and pyarrow
             raise UserError(f"{path} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
 
 
@@ -348,7 +348,7 @@ def train_val_split(splits, name):
         leave_out("also in the validation set", train, has_text & copies)
         if train.story_bytes()[val_stories].sum() > limit:  # a single long story
             keep[val_stories] = True
-            train, val = cut_story(train, int(val_stories[0]), int(limit))
+            train, val = cut_story(train, int(val_stories[0]), max(1, int(limit)))
         else:
             val = train.select(np.isin(np.arange(len(train)), val_stories))
     if not keep.any() or not len(val):
@@ -643,7 +643,7 @@ def report(data_dir, meta):
 
 def bar_options():
     """Settings of a progress bar: where there is no terminal, a line every 15 seconds."""
-    return dict(mininterval=0.1 if sys.stderr.isatty() else 15, leave=False)
+    return dict(leave=False) if sys.stderr.isatty() else dict(leave=False, mininterval=15, delay=15)
 
 
 # -----------------------------------------------------------------------------
