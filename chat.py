@@ -1,470 +1,404 @@
-"""Chat: load a trained model by its checkpoint alone and let it continue text, in a terminal or in a pipe."""
+"""Continue text with a trained model: in a conversation on a terminal, or once for --prompt or piped input.
+
+The model's text goes to standard output, everything else to standard error.
+"""
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that importing torch takes: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while torch is imported
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import secrets
+import select
+import shutil
 import sys
+import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 import torch
 
-import preprocess
-from config import (COMMAND_LINE, GroupedCommand, SampleConfig, SettingOption, TrainConfig, UserError, pick,
-                    setting_options, value_types)
-from model import build_model, choose_device, choose_dtype, read_checkpoint, store_for_generation
+from config import CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields, setting_options
+from data import Tokenizer
+from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
 
 WELCOME = """\
-This is a base model: it does not answer, it continues your text.
-Type the beginning of a story, or only Enter for one from nothing.
-/help lists the commands, /quit leaves."""
-HELP = """\
-TEXT             the model continues it; Enter alone: a story from nothing, or
-                 with --keep-context the story goes on
-\"\"\"              begins a text of several lines, and \"\"\" ends it
-//TEXT           a text that begins with a slash
-/set NAME VALUE  change a setting, for example: /set temperature 0.8
-/show            the settings, the checkpoint, how much of the window is used
-/retry           write the last continuation anew, with the next seed
-/reset           forget the story so far
-/quit            leave; so do quit, exit and the end of input (Ctrl-D, or on
-                 Windows Ctrl-Z and Enter)
-Ctrl-C           stop the model's writing; what it wrote stays"""
-# A model that has learned little may write bytes that a terminal obeys; newline and tab may stay.
+The model continues text; it does not answer questions.
+Type the beginning of a story, or Enter for one from nothing.
+/help lists the commands, /quit exits."""
+COMMANDS = [
+    ("TEXT", "the model continues it; Enter alone: a story from nothing, or more of a story that is carried"),
+    ('"""', "starts and ends a text of several lines"),
+    ("//TEXT", "a text that begins with a slash"),
+    ("/set NAME VALUE", "change a setting, for example /set temperature 0.8; without VALUE, show it"),
+    ("/show", "the checkpoint and all settings"),
+    ("/retry", "regenerate the last continuation with the next seed"),
+    ("/reset", "forget the story so far"),
+    ("/quit", "exit; so do quit, exit and the end of input (Ctrl-D, on Windows Ctrl-Z and Enter)"),
+    ("Ctrl-C", "stop the model; what it wrote is kept"),
+]
+# A barely trained model may write bytes that control a terminal; newline and tab are harmless.
 CONTROL = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 
-# Output: the text goes to stdout, everything else to stderr.
+# -----------------------------------------------------------------------------
+# Printing
 
-def show(text):
-    """Write a piece of the model's text at once."""
+def print_text(text):
+    """Print a piece of the model's text at once."""
     click.echo(text.translate(CONTROL) if sys.stdout.isatty() else text, nl=False)
 
 
-def note(text):
-    """Say something that is not the model's text; dim on a terminal that shows colours."""
+def print_note(text):
+    """Print anything else, on a terminal wrapped and dim."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        text = "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+                         for line in text.split("\n"))
     click.echo(click.style(text, dim=True), err=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
-class Interrupts:
-    """Ctrl-C, for the length of a with block: it raises KeyboardInterrupt while `reading`, else it sets `pressed`."""
-
-    def __init__(self):
-        self.reading = self.pressed = False
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-    def handle(self, *_):
-        self.pressed = True
-        if self.reading:
-            raise KeyboardInterrupt
+def table(rows):
+    """Rows (name, help) in two columns."""
+    formatter = click.HelpFormatter()
+    formatter.write_dl(rows)
+    return formatter.getvalue().rstrip("\n")
 
 
-# The model, and text from it.
+# -----------------------------------------------------------------------------
+# Generation
 
-@dataclass
-class Writer:
-    """A trained model with its tokenizer on a device; `about` describes it in a line."""
+class LoadedModel:
+    """A trained model on its device, its tokenizer, and a line that describes it."""
 
-    model: torch.nn.Module
-    tokenizer: preprocess.Tokenizer
-    device: torch.device
-    about: str
+    def __init__(self, path, device, dtype):
+        self.device = choose_device(device)
+        dtype = choose_dtype(dtype, self.device, generating=True)
+        self.model, checkpoint = load_checkpoint(path)
+        self.block_size = self.model.config.block_size
+        self.tokenizer = Tokenizer(checkpoint["tokenizer"], path)
+        prepare_for_inference(self.model, self.device, dtype)
+        state = checkpoint.get("state") or checkpoint.get("progress", {})  # older checkpoints call it progress
+        facts = [f"{path}: {self.model.count_parameters() / 1e6:.2f} M parameters"]
+        if "iter" in state:
+            facts.append(f"iteration {state['iter']:,}")
+        if math.isfinite(state.get("best_val", math.inf)):
+            facts.append(f"best validation loss {state['best_val']:.4f}")
+        self.description = f"{', '.join(facts)}; {self.device}, {str(dtype).removeprefix('torch.')}."
+
+    def prompt_ids(self, text):
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def generate(self, ids, sampling, seed, count):
+        """Yield the next id of each of `count` continuations of the prompt `ids`, as a list; -1: it has ended."""
+        idx = torch.tensor([ids], device=self.device).expand(count, -1)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        try:
+            for step in self.model.generate(idx, sampling, self.tokenizer.eos_id, generator):
+                yield step.tolist()
+        except RuntimeError as error:
+            if not re.search("out of memory|to allocate", str(error)):  # only CUDA has a class of its own for it
+                raise
+            advice = f"--num-samples {count // 2}" if count > 1 else "--device cpu"
+            raise UserError(f"out of memory on {self.device}: use {advice}.") from error
 
 
 @dataclass
 class Reply:
-    """One continuation of a prompt: its text, and what its statistics line says."""
+    """One continuation of a prompt."""
 
-    seed: int
-    prompt_tokens: int
     text: str = ""
-    tokens: int = 0  # the end of the story is not counted
-    seconds: float = 0.0
-    stop: str = "end of story"  # or length, stop string, interrupted
+    stop: str = "interrupted"  # until it ends otherwise: end of story, length, stop string
+    tokens: int = 0  # without the end of the story
+    seed: int = 0
 
 
-def find_checkpoint(out_dir):
-    """The best.pt of a run, else its ckpt.pt. UserError where there is neither."""
-    for path in (out_dir / "best.pt", out_dir / "ckpt.pt"):
-        if path.exists():
-            return path
-    where = "" if str(out_dir) == TrainConfig.out_dir else f" --out-dir {out_dir}"
-    raise UserError(f"no checkpoint in {out_dir} (best.pt or ckpt.pt): train a model with `python train.py{where}`, or "
-                    "name a file with --checkpoint.")
+def row_ids(steps, row, reply, max_new_tokens):
+    """Yield the ids in one row of the steps of a batch until its story ends."""
+    for step in steps:
+        if step[row] == -1:
+            break
+        reply.tokens += 1
+        yield step[row]
+    reply.stop = "length" if reply.tokens == max_new_tokens else "end of story"
 
 
-def load_writer(path, device, dtype):
-    """The Writer of a checkpoint file, which is read whole and closed: a training may replace it at any time."""
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device, generating=True)
-    contents = read_checkpoint(path)
-    tokenizer = preprocess.Tokenizer(contents["tokenizer"])
-    model = build_model(contents, path)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
-                        f"{model.config.vocab_size}: the file is damaged; train again with `python train.py`.")
-    store_for_generation(model, device, dtype)
-    progress = contents["progress"] if isinstance(contents.get("progress"), dict) else {}  # only said, not needed
-    it, best = progress.get("iter"), progress.get("best_val")
-    seen = f", iteration {it:,}" if type(it) is int else ""
-    loss = f", best validation loss {best:.4f}" if type(best) is float and best < math.inf else ""
-    about = f"{path}: {model.count_parameters() / 1e6:.2f} M parameters{seen}{loss}; {device}, {str(dtype)[6:]}."
-    return Writer(model, tokenizer, device, about)
+def cut_at_stop(pieces, stops, reply):
+    """Yield pieces of text until a stop string is complete, without it.
 
-
-def until_stop(pieces, stops, reply):
-    """Pass pieces of text on until a stop string is complete; it is not passed on, and reply.stop tells.
-
-    A stop string may lie across pieces, so an end that may be the beginning of one waits for the next piece.
+    A stop string may span pieces, so the end of a piece is held back while it may be the beginning of one.
     """
-    held = ""
+    buffer = ""
     for piece in pieces:
-        held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
+        buffer += piece
+        found = [buffer.index(stop) for stop in stops if stop in buffer]
         if found:
             reply.stop = "stop string"
-            yield held[:min(found)]
+            yield buffer[:min(found)]
             return
-        waiting = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[:len(held) - waiting]
-        held = held[len(held) - waiting:]
-    yield held
+        overlap = max((n for stop in stops for n in range(1, len(stop)) if buffer.endswith(stop[:n])), default=0)
+        yield buffer[:len(buffer) - overlap]
+        buffer = buffer[len(buffer) - overlap:]
+    yield buffer
 
 
-def token_steps(writer, ids, sample, seed, count, interrupts):
-    """Yield the ids (count,) of each step after the prompt `ids`, as GPT.generate does, until Ctrl-C."""
-    idx = torch.tensor([ids], device=writer.device).expand(count, -1)
-    generator = torch.Generator(writer.device).manual_seed(seed)
-    for tokens in writer.model.generate(idx, sample, writer.tokenizer.eos_id, generator):
-        yield tokens
-        if interrupts.pressed:
-            return
+# -----------------------------------------------------------------------------
+# A session: the settings, the story so far, the last turn
 
-
-def stream_reply(writer, ids, sample, stops, reply, interrupts):
-    """Yield the text after the prompt `ids` in pieces of whole characters; `reply` is filled in on the way."""
-    def new_ids():
-        for token in token_steps(writer, ids, sample, reply.seed, 1, interrupts):
-            reply.tokens += 1
-            yield token.item()
-        if reply.tokens == sample.max_new_tokens:
-            reply.stop = "length"
-        elif interrupts.pressed:
-            reply.stop = "interrupted"
-
-    start = time.perf_counter()
-    for piece in until_stop(writer.tokenizer.stream(new_ids()), stops, reply):
-        reply.text += piece
-        yield piece
-    reply.seconds = time.perf_counter() - start
-
-
-def sample_replies(writer, ids, sample, stops, seed, count, interrupts):
-    """`count` continuations of the prompt `ids`, written as one batch."""
-    start = time.perf_counter()
-    try:
-        steps = list(token_steps(writer, ids, sample, seed, count, interrupts))
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise UserError(f"{count} samples at once do not fit in the memory of {writer.device}: "
-                        f"use --num-samples {max(1, count // 2)}.") from error
-    seconds = time.perf_counter() - start
-    replies = []
-    for row in torch.stack(steps, dim=1).tolist() if steps else [[]] * count:
-        row_ids = [token for token in row if token != -1]
-        reply = Reply(seed, len(ids), tokens=len(row_ids), seconds=seconds)
-        if reply.tokens == sample.max_new_tokens:
-            reply.stop = "length"
-        elif interrupts.pressed and -1 not in row:
-            reply.stop = "interrupted"
-        reply.text = "".join(until_stop(writer.tokenizer.stream(row_ids), stops, reply))
-        replies.append(reply)
-    return replies
-
-
-# A session: the settings, the story so far, and the last turn.
-
-def joined(story, text):
-    """The story with the person's text after it: a space goes between unless one is there or punctuation begins."""
-    spaced = not story or not text or story[-1].isspace() or text[0].isspace() or text[0] in ",.;:!?'\"-)"
-    return story + text if spaced else f"{story} {text}"
+def append_text(story, text):
+    """The story and the user's text, with a space between them unless one is there or punctuation begins."""
+    if not story or not text or story[-1].isspace() or text[0].isspace() or text[0] in ",.;:!?'\"-)":
+        return story + text
+    return f"{story} {text}"
 
 
 @dataclass
 class Session:
-    writer: Writer
-    sample: SampleConfig
+    loaded: LoadedModel
+    sampling: SampleConfig
     stops: tuple
     keep_context: bool
-    interrupts: Interrupts
-    story: str = ""  # what --keep-context carries
-    last: tuple | None = None  # story before the last turn, the text typed, its seed: for /retry
-    told: bool = False  # that the window is too short
+    story: str = ""  # what keep-context carries
+    last: tuple | None = None  # for /retry: the story before the last turn, its text and its seed
+    window_warned: bool = False
 
-    def write(self, text, seed=None):
-        """Write the continuation of `text` (with --keep-context, of the story and `text`), then its statistics."""
-        self.interrupts.pressed = False
-        seed, before = self.new_seed() if seed is None else seed, self.story
-        prompt = joined(before, text) if self.keep_context else text
-        ids = self.prompt_ids(prompt)
-        reply = Reply(seed, len(ids))
-        for piece in stream_reply(self.writer, ids, self.sample, self.stops, reply, self.interrupts):
-            show(piece)
-        if not reply.text.endswith("\n"):
+    def stream(self, ids, replies):
+        """Generate the replies to the prompt `ids` as one batch; yield the next piece of text of each."""
+        steps = self.loaded.generate(ids, self.sampling, replies[0].seed, len(replies))
+        streams = []
+        for row, (all_steps, reply) in enumerate(zip(itertools.tee(steps, len(replies)), replies, strict=True)):
+            ids = row_ids(all_steps, row, reply, self.sampling.max_new_tokens)
+            streams.append(cut_at_stop(self.loaded.tokenizer.decode_stream(ids), self.stops, reply))
+        for pieces in itertools.zip_longest(*streams, fillvalue=""):  # no step is generated that no reply needs
+            for reply, piece in zip(replies, pieces, strict=True):
+                reply.text += piece
+            yield pieces
+
+    def write(self, text, count=1, as_json=False, seed=None):
+        """Print `count` continuations of `text`, or of the story and `text`; a single one while it is generated."""
+        if seed is None:
+            seed = secrets.randbelow(2**31) if self.sampling.seed is None else self.sampling.seed
+        story, replies, single = self.story, [Reply(seed=seed) for _ in range(count)], count == 1 and not as_json
+        prompt = append_text(story, text) if self.keep_context else text
+        ids, start = self.loaded.prompt_ids(prompt), time.perf_counter()
+        with contextlib.suppress(KeyboardInterrupt):
+            for pieces in self.stream(ids, replies):
+                if single:
+                    print_text(pieces[0])
+        self.story, self.last = prompt + replies[0].text, (story, text, seed)
+        if as_json:
+            for i, reply in enumerate(replies):
+                click.echo(json.dumps(dict(prompt=prompt, **asdict(reply), sample=i)))
+        elif not single:
+            print_text("---\n".join(reply.text.removesuffix("\n") + "\n" for reply in replies))
+        elif not replies[0].text.endswith("\n"):
             click.echo()
-        self.story, self.last = prompt + reply.text, (before, text, seed)
-        self.report(reply)
+        self.print_statistics(ids, replies, start)
+        return replies
 
-    def write_samples(self, text, count, as_json):
-        """Write `count` continuations of `text`: with a line --- between two, or as one JSON object a line."""
-        seed = self.new_seed()
-        ids = self.prompt_ids(text)
-        replies = sample_replies(self.writer, ids, self.sample, self.stops, seed, count, self.interrupts)
-        for i, reply in enumerate(replies):
-            if as_json:
-                click.echo(json.dumps(dict(prompt=text, text=reply.text, stop=reply.stop, tokens=reply.tokens,
-                                           seed=seed, sample=i)))
-            else:
-                show(("---\n" if i else "") + reply.text.removesuffix("\n") + "\n")
-        self.report(*replies)
-
-    def new_seed(self):
-        return secrets.randbelow(2**31) if self.sample.seed is None else self.sample.seed
-
-    def prompt_ids(self, prompt):
-        ids = self.writer.tokenizer.encode_prompt(prompt)
-        self.tell_window(len(ids))
-        return ids
-
-    def tell_window(self, tokens):
-        """Say once when `tokens` are more than the model can see."""
-        block_size = self.writer.model.config.block_size
-        if tokens > block_size and not self.told:
-            self.told = True
-            note(f"The text has outgrown the model's window of {block_size} tokens: it sees only the last part of it.")
-
-    def report(self, *replies):
-        """The statistics line of one reply, or of a batch."""
-        block_size = self.writer.model.config.block_size
-        tokens, longest = sum(r.tokens for r in replies), max(r.prompt_tokens + r.tokens for r in replies)
-        self.tell_window(longest)
+    def print_statistics(self, ids, replies, start):
+        tokens, seconds = sum(reply.tokens for reply in replies), time.perf_counter() - start
+        context, block_size = len(ids) + max(reply.tokens for reply in replies), self.loaded.block_size
         stops = [reply.stop for reply in replies]
         why = ", ".join(f"{stops.count(s)} x {s}" if len(stops) > 1 else s for s in dict.fromkeys(stops))
-        note(f"[{tokens:,} tokens, {tokens / replies[0].seconds:,.0f} tokens/s, {why}, context "
-             f"{min(longest, block_size)} of {block_size}, seed {replies[0].seed}]")
+        if context > block_size and not self.window_warned:
+            self.window_warned = True
+            print_note(f"The text has outgrown the model's window of {block_size} tokens: it sees only the last part.")
+        print_note(f"[{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, {why}, context "
+                   f"{min(context, block_size)} of {block_size}, seed {replies[0].seed}]")
 
-    def retry(self):
-        if self.last is None:
-            return note("There is nothing to write anew yet.")
-        self.story, text, seed = self.last
-        self.write(text, (seed + 1) % 2**63)
+    def options(self):
+        """{name: value} of what /set can change, as it is typed."""
+        values = {name.replace("_", "-"): value for name, value in asdict(self.sampling).items()}
+        values["stop"] = " ".join(f'"{stop}"' for stop in self.stops).replace("\n", "\\n") or None
+        values["keep-context"] = "on" if self.keep_context else "off"
+        return {name: "none" if value is None else value for name, value in values.items()}
 
-    def reset(self):
-        self.story, self.last, self.told = "", None, False
-        note("A new story begins.")
-
-    def change(self, words):
-        """Change a setting by its name and value, in the spelling and within the limits of its flag."""
-        if len(words) != 2:
-            return note(f"Type /set NAME VALUE. The settings:\n{settings_text(self.sample)}")
-        name, value = words[0].lstrip("-").replace("-", "_"), words[1]
-        fields = {field.name: field for field in dataclasses.fields(SampleConfig)}
-        if name not in fields:
-            raise UserError(f"{name} is not a setting; there are {', '.join(fields)}.")
-        if type(None) in value_types(fields[name]) and value == "none":
-            value = None
+    def set_option(self, name, value):
+        if name == "stop":
+            texts = re.findall(r'"([^"]+)"|([^"\s]+)', value.replace("\\n", "\n")) if value != "none" else []
+            self.stops = tuple("".join(text) for text in texts)
+        elif name == "keep-context":
+            self.keep_context = click.BOOL.convert(value, None, None)
         else:
-            value = SettingOption(fields[name], None).type.convert(value, None, None)
-        self.sample = dataclasses.replace(self.sample, **{name: value})
-        note(f"{name} = {str(value).lower()}")
-
-    def show_settings(self):
-        used = len(self.writer.tokenizer.encode_prompt(self.story if self.keep_context else ""))
-        block_size = self.writer.model.config.block_size
-        note(f"{self.writer.about}\n{settings_text(self.sample)}\nstop: {list(self.stops) or 'end of story only'}\n"
-             f"keep-context: {'on' if self.keep_context else 'off'}, {used} tokens carried, window {block_size}")
+            value = None if value == "none" else value
+            self.sampling = replace(self.sampling, **{name.replace("-", "_"): value})
 
 
-def settings_text(sample):
-    """The settings, one a line, each beside the help line of its flag."""
-    formatter = click.HelpFormatter()
-    formatter.write_dl([(f"{field.name} = {str(getattr(sample, field.name)).lower()}", field.metadata["help"])
-                        for field in dataclasses.fields(sample)])
-    return formatter.getvalue().rstrip("\n")
+# -----------------------------------------------------------------------------
+# The conversation
+
+def read_line(prompt):
+    if sys.stdout.isatty():
+        return input(prompt)
+    click.echo(prompt, nl=False, err=True)  # input() would print it among the model's text
+    return input()
 
 
-# The terminal.
+def more_pasted():
+    """Whether another line is there already, sooner than anyone types one. Windows cannot tell."""
+    return os.name == "posix" and bool(select.select([sys.stdin], [], [], 0.02)[0])
 
-def read_line(prompt, interrupts):
-    """A line that the person types. EOFError at the end of input, KeyboardInterrupt on Ctrl-C."""
+
+def read_text():
+    """A line, several pasted at once, or those between two \"\"\", with a / before a text that begins with one."""
+    text = read_line("Story> ")
+    if text.startswith("/"):
+        return text
+    in_quotes = text.startswith('"""')
+    text = text[3:] if in_quotes else text
     try:
-        interrupts.reading = True
-        if sys.stdout.isatty():
-            return input(prompt)
-        click.echo(prompt, nl=False, err=True)  # input() would write it among the text
-        return input()
-    finally:
-        interrupts.reading = False
-
-
-def read_text(interrupts):
-    """A line, or the lines between two \"\"\", as typed; None where Ctrl-C came between these."""
-    line = read_line("Story> ", interrupts)
-    if not line.startswith('"""'):
-        return line
-    text = line[3:]
-    try:
-        while not text.endswith('"""'):
-            text += "\n" + read_line("  ...> ", interrupts)
+        while not text.endswith('"""') if in_quotes else more_pasted():
+            text += "\n" + read_line("  ...> ")
     except KeyboardInterrupt:
-        click.echo()
-        return note("The text is dropped.")
-    text = text.removesuffix('"""')
-    return f"/{text}" if text.startswith("/") else text  # never a command, see answer()
+        raise UserError("\nThe text is dropped: type another one.") from None
+    text = text.removeprefix("\n").removesuffix('"""') if in_quotes else text
+    return f"/{text}" if text.startswith("/") else text
 
 
-def obey(session, line):
-    """Carry out a /command. False means to leave."""
-    command, *words = line.split()
+def clean_prompt(text):
+    """`text` as the training text is: LF between lines, no byte order mark, no newline or spaces at the end."""
+    text = text.encode("utf-8", "replace").decode()  # an argument that is not valid in the locale has lone surrogates
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").rstrip(" ")
+
+
+def run_command(session, command, argument=""):
+    """Run a /command. False: exit."""
+    options = session.options()
     if command in ("/quit", "/exit"):
         return False
     if command == "/help":
-        note(HELP)
+        print_note(table(COMMANDS))
     elif command == "/show":
-        session.show_settings()
+        used = len(session.loaded.prompt_ids(session.story)) if session.keep_context else 0
+        print_note(f"{session.loaded.description} The story so far takes {used} of {session.loaded.block_size} tokens.")
+        print_note(table([(f"{name} = {options[name]}", option.help.partition("  [")[0]) for option in main.params
+                          if (name := option.opts[0][2:]) in options]))
     elif command == "/set":
-        session.change(words)
+        name, value = re.fullmatch(r"-*([\w-]*)\s*=?\s*(.*)", argument.strip()).groups()
+        name = name.replace("_", "-")
+        if name not in options:
+            raise UserError(f"no setting is called {name!r}: /show lists them, /set NAME VALUE changes one.")
+        if value:
+            session.set_option(name, value)
+        print_note(f"{name} = {session.options()[name]}")
+    elif command == "/retry" and session.last:
+        session.story, text, seed = session.last
+        session.write(text, seed=(seed + 1) % 2**63)
     elif command == "/retry":
-        session.retry()
+        print_note("There is nothing to regenerate yet: type a text.")
     elif command == "/reset":
-        session.reset()
+        session.story, session.last, session.window_warned = "", None, False
+        print_note("A new story begins.")
     else:
-        note(f"{command} is no command: /help lists them. To begin a text with a slash, type //.")
+        print_note(f"{command} is not a command: /help lists them. To begin a text with a slash, type //.")
     return True
 
 
-def answer(session, text):
-    """Carry out or continue what the person typed. False means to leave."""
-    if text.strip() in ("quit", "exit"):
+def handle_line(session, line):
+    """Continue a text or run a command. False: exit."""
+    if line.strip() in ("quit", "exit"):
         return False
-    try:
-        if text.startswith("/") and not text.startswith("//"):
-            return obey(session, text)
-        session.write(text[1:] if text.startswith("//") else text)
-    except click.ClickException as error:
-        note(error.format_message())
+    if line.startswith("/") and not line.startswith("//"):
+        return run_command(session, *line.split(maxsplit=1))
+    session.write(clean_prompt(line.removeprefix("/")))
     return True
 
 
-def converse(session):
-    """Read and answer until the person leaves; return the exit status."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then edits lines and takes long ones: a bare terminal cuts at 4,096 bytes
-    note(f"{session.writer.about}\n{WELCOME}")
-    hinted = False
+def chat_loop(session):
+    """Read and handle lines until the user exits; return the exit status."""
+    try:
+        import readline  # input() then edits lines and takes long ones: a bare terminal cuts them at 4,096 bytes
+    except ImportError:
+        readline = None
+    print_note(f"{session.loaded.description}\n{WELCOME}")
+    presses = 0  # of Ctrl-C in a row, on an empty line
     while True:
         try:
-            text = read_text(session.interrupts)
+            if not handle_line(session, read_text()):
+                return 0
+            presses = 0
         except EOFError:
-            click.echo()
+            click.echo(err=True)
             return 0
         except KeyboardInterrupt:
-            click.echo()
-            if hinted:
+            click.echo(err=True)
+            half_typed = readline and readline.get_line_buffer()
+            presses = 0 if half_typed else presses + 1
+            if presses == 2:
                 return INTERRUPTED
-            hinted = True
-            note("Ctrl-C again leaves, as does /quit.")
-            continue
-        hinted = False
-        if text is not None and not answer(session, text):
-            return 0
+            if presses == 1:
+                print_note("Ctrl-C again exits, as does /quit.")
+        except click.ClickException as error:
+            print_note(error.format_message())
+            presses = 0
 
 
-def read_piped(interrupts):
-    """All of standard input without the newline that ends it; None where there is nothing."""
+# -----------------------------------------------------------------------------
+# The command
+
+def read_piped():
+    """All of standard input: UTF-8 whatever the locale says, else in the encoding of the locale."""
+    data = sys.stdin.buffer.read()
     try:
-        interrupts.reading = True
-        text = sys.stdin.read()
-        return text.removesuffix("\n") if text else None
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    finally:
-        interrupts.reading = False
+        return data.decode()
+    except UnicodeDecodeError:
+        print_note(f"The input is not UTF-8; it is read as {sys.stdin.encoding}.")
+        return data.decode(sys.stdin.encoding, "replace")
 
 
-def write_once(session, prompt, count, as_json):
-    """Write what --prompt or piped input asks for; return the exit status."""
-    if count > 1 or as_json:
-        session.write_samples(prompt, count, as_json)
-    else:
-        session.write(prompt)
-    return INTERRUPTED if session.interrupts.pressed else 0
-
-
-@click.command(cls=GroupedCommand, context_settings=COMMAND_LINE)
-@click.option("--prompt", metavar="TEXT", help='continue TEXT and leave, without reading any input; "" writes a story '
-              "from nothing")
+@click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
+@click.option("--prompt", metavar="TEXT",
+              help='continue TEXT and exit, without reading any input; "" writes a story from nothing')
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, metavar="N",
-              help="continuations of --prompt or piped input, written as one batch  [default: 1]")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object a sample, a line each")
+              help="continuations of --prompt or piped input, generated as one batch  [default:\u00a01]")
+@click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT",
               help="end a continuation before TEXT; may be given several times")
 @click.option("--keep-context", is_flag=True, help="carry the story so far: you and the model write it in turns")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="the trained model  [default: best.pt in --out-dir, else ckpt.pt]")
 @click.option("--out-dir", type=click.Path(path_type=Path), default=TrainConfig.out_dir, metavar="FOLDER",
-              help=f"the run to talk to  [default: {TrainConfig.out_dir}]")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")
+              help=f"the run to talk to  [default:\u00a0{TrainConfig.out_dir}]")
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps  [default:\u00a0auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-              help="precision of the weights; auto is float16 on CUDA and CPU, else float32  [default: auto]")
+              help="precision of the weights; auto: float16 on CUDA and CPU, else float32  [default:\u00a0auto]")
 @setting_options(SampleConfig)
-def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **given):
+def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **sampling):
     """Continue text with a trained model.
 
-    A base model: it does not answer questions, it goes on from the text it is given. On a terminal it reads a text at a
-    time (/help lists the commands). With --prompt or piped input it writes only the continuation to standard output;
-    what is said about it goes to standard error.
+    On a terminal it reads one text at a time (/help lists the commands). With --prompt or piped input it prints only
+    the continuation to standard output.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # neither a console nor a file that is not UTF-8 stops the program
-    piped = prompt is None and not sys.stdin.isatty()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "" in stops:
-        raise click.UsageError("--stop is empty; give it the text to stop at.")
-    if prompt is None and not piped and (num_samples > 1 or as_json):
+        raise click.UsageError("--stop is empty: pass the text to stop at.")
+    if prompt is None and not sys.stdin.isatty():
+        prompt = read_piped()
+        if not prompt:
+            return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt ""')
+    if prompt is None and (num_samples > 1 or as_json):
         raise click.UsageError("--num-samples and --json need a text: add --prompt TEXT, or pipe one in.")
-    sample = SampleConfig(**pick(SampleConfig, given))
-    with Interrupts() as interrupts:
-        if piped:
-            prompt = read_piped(interrupts)
-        if piped and prompt is None:
-            note('The input is empty, so there is nothing to continue. For a story from nothing: --prompt ""')
-            return
-        writer = load_writer(checkpoint or find_checkpoint(out_dir), device, dtype)
-        session = Session(writer, sample, stops, keep_context, interrupts)
-        if prompt is None:
-            sys.exit(converse(session))
-        note(writer.about)
-        # An argument that is not valid in the console's encoding arrives with lone surrogates in place of bytes.
-        sys.exit(write_once(session, prompt.encode("utf-8", "replace").decode("utf-8"), num_samples, as_json))
+    loaded = LoadedModel(checkpoint or find_checkpoint(out_dir), device, dtype)
+    session = Session(loaded, SampleConfig(**only_fields(SampleConfig, sampling)), stops, keep_context)
+    if prompt is None:
+        sys.exit(chat_loop(session))
+    print_note(loaded.description)
+    replies = session.write(clean_prompt(prompt), num_samples, as_json)
+    sys.exit(INTERRUPTED if any(reply.stop == "interrupted" for reply in replies) else 0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python exits

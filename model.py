@@ -287,8 +287,10 @@ class DecodeStep:
 
 
 def linear(x, module):
-    """x (B, in) times the matrix of a module, in half precision where prepare_for_inference left a copy of it."""
-    weight, bias = getattr(module, "half_copy", (module.weight, getattr(module, "bias", None)))
+    """x (B, in) times the matrix of a module; a single row in half precision if prepare_for_inference left a copy."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if len(x) == 1:  # most CPUs multiply many half-precision rows slowly
+        weight, bias = getattr(module, "half_copy", (weight, bias))
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
@@ -309,8 +311,8 @@ def capture_graph(run):
 def prepare_for_inference(model, device, dtype):
     """Move a model that will only generate to its device, with its weights rounded to `dtype`.
 
-    On a CPU the weights stay float32, since most CPUs multiply many half-precision rows slowly, and a prompt has many;
-    DecodeStep reads half-precision copies. One row times a matrix is fastest when the matrix lies column by column.
+    On a CPU the weights stay float32 for prompts and batches; for a single row DecodeStep reads half-precision copies,
+    which are half as much to read. One row times a matrix is fastest when the matrix lies column by column.
     """
     model.to(device)
     for weight in model.parameters():  # not model.to(dtype): the rotary tables stay float32

@@ -495,14 +495,14 @@ def train(run, batch_size, stop, plan=False):
         multiplier, iter_loss = lr_multiplier(state.iter, config), torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        for micro_step in range(accum_steps):
-            if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
-                forward.require_backward_grad_sync = micro_step == accum_steps - 1
-            with autocast(device, run.dtype):
+        with autocast(device, run.dtype):  # around all micro-batches, so that it converts the weights only once
+            for micro_step in range(accum_steps):
+                if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
+                    forward.require_backward_grad_sync = micro_step == accum_steps - 1
                 loss = forward(x, y) / accum_steps
-            x, y = next(batches)  # read and copied while the GPU computes
-            scaler.scale(loss).backward()
-            iter_loss += loss.detach()
+                x, y = next(batches)  # read and copied while the GPU computes
+                scaler.scale(loss).backward()
+                iter_loss += loss.detach()
         if WORLD_SIZE > 1:
             dist.all_reduce(iter_loss)
             iter_loss /= WORLD_SIZE
