@@ -1,56 +1,90 @@
-import inspect
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import export
+import model as model_file
 import preprocess
 import train
-from config import GPTConfig, TrainConfig, UserError
-from model import GPT, IGNORE, build_model, read_checkpoint
-from train import (LossNotFinite, Muon, RecordedPasses, TokenLoader, Validation, accumulation_steps, evaluate,
-                   learning_rate_share, make_optimizer, make_scaler, orthogonalize, run_passes, train_step)
+from config import IGNORE_INDEX, PRESETS, GPTConfig, TrainConfig, UserError, folder_lock
+from data import Corpus, TrainLoader, Validation
+from model import GPT, load_checkpoint
+from train import MuonAdamW, configure_optimizer, evaluate, lr_multiplier, orthogonalize
 
 CPU = torch.device("cpu")
-SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--intermediate-size", "32", "--block-size", "32",
-         "--tokens-per-iter", "128", "--batch-size", "2", "--max-iters", "12", "--eval-interval", "5", "--eval-tokens",
-         "400", "--final-eval-tokens", "400", "--log-interval", "3", "--sample-tokens", "5", "--dropout", "0.2",
-         "--device", "cpu"]
+GradScaler = torch.amp.GradScaler
 TINY = GPTConfig(block_size=8, vocab_size=260, n_layer=1, n_head=2, n_embd=16, intermediate_size=32)
-LONGER = [*SMALL, "--max-iters", "200", "--log-interval", "20", "--eval-interval", "20"]
-TRAIN = [sys.executable, str(ROOT / "train.py")]
-ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
-TIMING = {"seconds", "tokens_per_second"}
+SMALL = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=32, block_size=32, tokens_per_iter=128, batch_size=2,
+             max_iters=12, eval_interval=5, eval_tokens=400, final_eval_tokens=400, log_interval=3, sample_tokens=5,
+             dropout=0.2, device="cpu")
+TIMING = {"seconds", "tokens_per_second", "peak_memory_mib"}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes under /proc")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run in this process takes the signals over; give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def corpus(data):
-    return preprocess.open_corpus(data)
+    return Corpus(data)
 
 
-def run_train(data, out, *flags, expect=0):
-    result = CliRunner().invoke(train.main, [*SMALL, "--data-dir", str(data), "--out-dir", str(out), *map(str, flags)])
+def arguments(data, out, **settings):
+    """The command line of a small run; True is a flag alone, None none."""
+    settings = SMALL | dict(data_dir=data, out_dir=out) | settings
+    return [word for name, value in settings.items() if value is not None
+            for word in ([train.flag(name)] if value is True else [train.flag(name), str(value)])]
+
+
+def command(words, expect=0):
+    """Run train.py with these words and return its output; its exit code is `expect`, an error of it is one line."""
+    result = CliRunner().invoke(train.main, list(map(str, words)))
     assert result.exit_code == expect, result.output
-    return result
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
 
 
-def resume(data, out, *flags, expect=0):
-    result = CliRunner().invoke(train.main, ["--resume", "--data-dir", str(data), "--out-dir", str(out), *flags])
-    assert result.exit_code == expect, result.output
-    return result
+def run_train(data, out, expect=0, **settings):
+    return command(arguments(data, out, **settings), expect)
+
+
+def resume(out, *words, expect=0):
+    return command(["--resume", "--out-dir", out, *words], expect)
+
+
+def printed_command(output, script="train.py"):
+    """The words of the last command for `script` in the output, as a shell splits them."""
+    return shlex.split(re.findall(rf"python {script}([^`\n]*)", output)[-1])
 
 
 def metrics(out):
@@ -61,26 +95,67 @@ def training_lines(out):
     return [row for row in metrics(out) if "train_loss" in row]
 
 
+def validation_lines(out):
+    return [row for row in metrics(out) if "val_loss" in row]
+
+
+def saved(out, name="ckpt.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def same(a, b):
-    """Equal to the last bit, all the way down."""
+    """Equal to the last bit, at every depth."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "seconds")
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in TIMING)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
-def same_run(a, b):
-    """Are two finished runs equal but for timing: weights, optimizer, random state, log?"""
-    logs = [[{key: value for key, value in row.items() if key not in TIMING} for row in metrics(out)] for out in (a, b)]
-    one, two = (read_checkpoint(out / "ckpt.pt") for out in (a, b))
-    for contents in (one, two):
-        contents["train_config"].pop("out_dir")
-    return same(one, two) and logs[0] == logs[1]
+def same_run(a, b, *settings):
+    """Whether two runs are equal but for timing and the settings named: weights, optimizer, random state, log."""
+    one, two = saved(a), saved(b)
+    for checkpoint in (one, two):
+        for name in ("out_dir", *settings):
+            checkpoint["train_config"].pop(name)
+    return same(one, two) and same(metrics(a), metrics(b))
 
 
+def at_each_step(monkeypatch, action):
+    """Call action(optimizer, number) before each update of the weights; the first is number 1."""
+    real, numbers = MuonAdamW.step, itertools.count(1)
+
+    def step(optimizer):
+        action(optimizer, next(numbers))
+        return real(optimizer)
+    monkeypatch.setattr(MuonAdamW, "step", step)
+
+
+def at_each_loss(monkeypatch, change):
+    """Replace the training loss of each micro-batch by change(loss, iteration), counted from 1, two per iteration."""
+    real, numbers = GPT.forward, itertools.count(2)
+
+    def forward(model, idx, targets=None):
+        loss = real(model, idx, targets)
+        return change(loss, next(numbers) // 2) if model.training and targets is not None else loss
+    monkeypatch.setattr(GPT, "forward", forward)
+
+
+def stop_at(monkeypatch, iteration, number=signal.SIGINT):
+    at_each_step(monkeypatch, lambda optimizer, n: signal.raise_signal(number) if n == iteration else None)
+
+
+def weights_of(optimizer):
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+# -----------------------------------------------------------------------------
 # The optimizer
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
@@ -89,206 +164,200 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     assert values.min() > 0.5 and values.max() < 1.3
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(orthogonalize(x).flatten(1), (u @ v).flatten(1)).min() > 0.97
+    assert torch.allclose(orthogonalize(x.mT), orthogonalize(x).mT, atol=1e-5)
 
 
-def muon_by_hand(weight, gradient, momentum, lr, decay):
-    """One Muon step for one plain matrix, straight from its definition; returns the new weight and momentum."""
-    momentum = 0.95 * momentum + 0.05 * gradient
-    update = 0.05 * gradient + 0.95 * momentum
-    tall = update.shape[0] > update.shape[1]
-    update = orthogonalize((update.T if tall else update)[None])[0]
-    scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
-    return weight * (1 - lr * decay) - lr * scale * (update.T if tall else update), momentum
+def muon_by_hand(weight, grad, momentum, lr, decay):
+    """One step for one plain matrix in float64, from the definition of Jordan et al.; (weight, momentum)."""
+    momentum = 0.95 * momentum + 0.05 * grad
+    update = 0.05 * grad + 0.95 * momentum
+    x = update / update.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return weight * (1 - lr * decay) - lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5 * x, momentum
 
 
-def test_batched_muon_equals_one_plain_matrix_after_the_other():
-    generator = torch.Generator().manual_seed(3)
-    shapes = [((24, 8), 3), ((8, 8), 1), ((24, 8), 2), ((8, 12), 1)]  # as c_attn, c_proj, c_fc, c_proj
-    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in shapes]
-    pieces = [list(w.detach().clone().chunk(parts)) for w, (_, parts) in zip(weights, shapes, strict=True)]
-    momenta = [[torch.zeros_like(piece) for piece in group] for group in pieces]
-    optimizer = Muon([(w, parts) for w, (_, parts) in zip(weights, shapes, strict=True)], lr=0.1, weight_decay=0.3)
+PARTS = {"c_attn": ["q", "k", "v"], "c_fc": ["gate", "up"], "attn.c_proj": ["all"], "mlp.c_proj": ["all"]}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_is_updated_as_its_optimizer_is_defined_with_its_own_rate_decay_betas_and_parts(name):
+    config = TrainConfig(optimizer=name, weight_decay=0.3, beta1=0.8, beta2=0.7, muon_learning_rate=0.05,
+                         embedding_learning_rate=0.02, learning_rate=0.01)
+    model, generator = GPT(replace(TINY, n_layer=2, bias=True)), torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        p.data.normal_(generator=generator)
+    optimizer = configure_optimizer(model, config)
+    optimizer.found_inf = torch.zeros(())
+    matrices, plain, expected = {}, {}, {n: p.detach().double() for n, p in model.named_parameters()}
+    for n, p in expected.items():
+        parts = next((parts for key, parts in PARTS.items() if f"{key}.weight" in n), None)
+        if name == "muon" and parts:
+            matrices[n] = [[part.clone(), torch.zeros_like(part)] for part in p.chunk(len(parts))]
+        else:
+            decay = 0.3 if name == "adamw" and p.dim() == 2 else 0.0
+            plain[n] = torch.optim.AdamW([torch.nn.Parameter(p.clone())], lr=0.02 if name == "muon" else 0.01,
+                                         betas=(0.8, 0.7), weight_decay=decay, foreach=False)
+    assert len(matrices) == (8 if name == "muon" else 0)
     for _ in range(3):
-        for weight, group, past in zip(weights, pieces, momenta, strict=True):
-            weight.grad = torch.randn(weight.shape, generator=generator)
-            for i, gradient in enumerate(weight.grad.chunk(len(group))):
-                group[i], past[i] = muon_by_hand(group[i], gradient, past[i], 0.1, 0.3)
-        optimizer.found_inf = torch.zeros(())
+        for n, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator) * 10 ** torch.randn((), generator=generator)
+            if n in matrices:
+                grads = p.grad.double().chunk(len(matrices[n]))
+                matrices[n] = [muon_by_hand(w, g, m, 0.05, 0.3) for (w, m), g in zip(matrices[n], grads, strict=True)]
+                expected[n] = torch.cat([weight for weight, _ in matrices[n]])
+            else:
+                (reference,) = plain[n].param_groups[0]["params"]
+                reference.grad = p.grad.double()
+                plain[n].step()
+                expected[n] = reference.detach()
         optimizer.step()
-        for weight, group in zip(weights, pieces, strict=True):
-            assert torch.allclose(weight, torch.cat(group), atol=1e-5)
+        for n, p in model.named_parameters():
+            assert torch.allclose(p.double(), expected[n], atol=2e-5), n
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_the_rest():
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_where_found_inf_is_1_a_step_changes_neither_weights_nor_moments_nor_counts(name, bad):
     model = GPT(TINY)
-    muon, adamw = make_optimizer(model, TrainConfig(optimizer="muon")).members
-    held = {id(weight) for group in muon.param_groups for weight in group["params"]}
-    names = {name for name, weight in model.named_parameters() if id(weight) in held}
-    assert names == {f"blocks.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    rest = {id(weight) for group in adamw.param_groups for weight in group["params"]}
-    assert held | rest == {id(weight) for weight in model.parameters()} and not held & rest
+    optimizer = configure_optimizer(model, TrainConfig(optimizer=name))
+
+    def step(found_inf, value):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.found_inf = torch.tensor(float(found_inf))
+        optimizer.step()
+        return [copy.deepcopy(optimizer.state_dict()["state"]), weights_of(optimizer)]
+
+    fresh = weights_of(optimizer)
+    state, weights = step(1, bad)
+    assert same(weights, fresh) and not any(value.any() for entry in state.values() for value in entry.values())
+    good = step(0, 0.5)
+    assert len(good[0]) == (9 if name == "adamw" else 8) and not any(map(torch.equal, good[1], fresh))
+    assert all(value.isfinite().all() and value.any() for entry in good[0].values() for key, value in entry.items()
+               if key != "step" or "momentum" not in entry)
+    assert same(step(1, bad), good)
 
 
-def test_adamw_alone_decays_matrices_and_nothing_else():
-    model = GPT(TINY)
-    (adamw,) = make_optimizer(model, TrainConfig(optimizer="adamw", weight_decay=0.3)).members
-    decay = {id(weight): group["weight_decay"] for group in adamw.param_groups for weight in group["params"]}
-    assert all(decay[id(weight)] == (0.3 if weight.dim() == 2 else 0.0) for weight in model.parameters())
+def test_the_learning_rate_warms_up_holds_and_decays_to_its_ratio():
+    wsd = TrainConfig(max_iters=1000, warmup_iters=50, schedule="wsd", decay_fraction=0.4, min_lr_ratio=0.1)
+    rates = [lr_multiplier(it, wsd) for it in range(1101)]
+    assert rates[0] == pytest.approx(1 / 51) and rates[49] == pytest.approx(50 / 51)
+    assert set(rates[50:601]) == {1.0} and rates[800] == pytest.approx(0.55)
+    assert rates[1000:] == pytest.approx([0.1] * 101)
+    cosine = replace(wsd, schedule="cosine", min_lr_ratio=0.0)
+    assert [lr_multiplier(it, cosine) for it in (50, 525, 1000)] == pytest.approx([1.0, 0.5, 0.0])
+    short = TrainConfig(max_iters=20, warmup_iters=100)
+    assert [lr_multiplier(it, short) for it in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0]), "a tenth of the run"
 
 
-def test_the_learning_rate_warms_up_holds_and_decays_to_its_share():
-    wsd = TrainConfig(max_iters=1000, warmup_iters=50, schedule="wsd", decay_share=0.4, min_lr_share=0.1)
-    shares = [learning_rate_share(it, wsd) for it in range(1101)]
-    assert shares[0] == pytest.approx(1 / 51) and shares[49] == pytest.approx(50 / 51)
-    assert set(shares[50:601]) == {1.0} and shares[800] == pytest.approx(0.55)
-    assert shares[1000:] == pytest.approx([0.1] * 101)
-    cosine = replace(wsd, schedule="cosine", min_lr_share=0.0)
-    assert learning_rate_share(50, cosine) == 1.0
-    assert learning_rate_share(525, cosine) == pytest.approx(0.5)
-    assert learning_rate_share(1000, cosine) == pytest.approx(0.0)
-
-
-def test_a_short_run_warms_up_for_a_tenth_of_it():
-    assert [learning_rate_share(it, TrainConfig(max_iters=20, warmup_iters=100)) for it in range(3)] \
-        == pytest.approx([1 / 3, 2 / 3, 1.0])
-
-
-# The data order
-
-def stream_of(tokens, stories=(0,)):
-    """A TokenStream over an array, story starts given."""
-    tokens = np.asarray(tokens, dtype=np.uint16)
-
-    class Stream:
-        def __len__(self):
-            return len(tokens)
-
-        def read(self, start, stop):
-            return tokens[start:stop]
-
-        def windows(self, starts, length):
-            return tokens[starts[:, None] + np.arange(length)]
-
-        def story_starts(self):
-            return np.array(stories)
-
-    return Stream()
-
-
-def test_an_epoch_predicts_every_token_once_from_the_one_before_it():
-    loader = TokenLoader(stream_of(range(400)), 8, seed=1, align_stories=False)
-    for epoch in range(3):
-        rows = loader.windows(epoch * 50, 50)
-        assert sorted(rows[:, 1:].flatten()) == list(range(400))
-        assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % 400)
-
-
-def test_each_epoch_has_a_phase_and_an_order_of_its_own_and_both_repeat():
-    loaders = [TokenLoader(stream_of(range(400)), 8, seed=1, align_stories=False) for _ in range(2)]
-    first, second = loaders[0].windows(0, 50), loaders[0].windows(50, 50)
-    assert set(first[:, 0] % 8) != set(second[:, 0] % 8) and not np.array_equal(first, second)
-    assert np.array_equal(second, loaders[1].windows(50, 50)), "without having read the first epoch"
-    assert not np.array_equal(first, TokenLoader(stream_of(range(400)), 8, 2, False).windows(0, 50))
-
-
-def test_the_batches_depend_only_on_how_many_windows_came_before():
-    loader = TokenLoader(stream_of(range(1000)), 8, seed=1, align_stories=False)
-    whole = loader.windows(0, 300)
-    pieces = np.concatenate([loader.windows(at, 7) for at in range(0, 294, 7)])
-    assert np.array_equal(whole[:294], pieces)
-    fresh = TokenLoader(stream_of(range(1000)), 8, seed=1, align_stories=False)
-    assert np.array_equal(fresh.windows(131, 9), whole[131:140])
-
-
-def test_micro_batches_are_the_same_tokens_at_every_batch_size():
-    loader = TokenLoader(stream_of(range(1000)), 8, seed=1, align_stories=False)
-    whole = torch.cat([x for it in range(3) for x, _ in loader.micro_batches(it, 8, 1, CPU)])
-    parts = torch.cat([x for it in range(3) for x, _ in loader.micro_batches(it, 2, 4, CPU)])
-    assert torch.equal(whole, parts)
-    x, y = next(loader.micro_batches(5, 4, 2, CPU))
-    assert torch.equal((x + 1) % 1000, y) and x.shape == y.shape == (4, 8)
-
-
-def test_aligned_windows_start_at_stories_and_go_on_through_long_ones():
-    stories = [0, 5, 30]  # lengths 5, 25 and 10: the second needs three windows of 8 targets
-    loader = TokenLoader(stream_of(range(40), stories), 8, seed=1, align_stories=True)
-    assert sorted(loader.windows(0, loader.windows_per_epoch)[:, 0]) == [0, 5, 13, 21, 30, 38]
-
-
-def test_a_corpus_shorter_than_a_window_says_what_to_do():
-    with pytest.raises(UserError, match="8 training tokens, fewer than one window of 9.*--block-size"):
-        TokenLoader(stream_of(range(8)), 8, seed=1, align_stories=False)
-
-
+# -----------------------------------------------------------------------------
 # Evaluation
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_validation_loss_is_the_plain_mean_at_any_batch_size(corpus, aligned):
+@pytest.mark.parametrize("align_stories", [False, True])
+def test_validation_loss_is_the_plain_mean_at_any_batch_size(corpus, align_stories):
     torch.manual_seed(0)
     model = GPT(replace(TINY, vocab_size=512, block_size=32, dropout=0.5)).train()
-    validation = Validation(corpus, 32, 1000, aligned)
-    results = [evaluate(model, validation, size, CPU, torch.float32) for size in (1, 7)]
-    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-6)
-    assert model.training
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    validation = Validation(corpus, 32, 1000, align_stories)
+    results = [evaluate(model, validation, size, CPU, torch.float32) for size in (1, 8, 1000)]
+    assert all(one == pytest.approx(results[0], rel=1e-6) for one in results) and model.training
     total, count, model = 0.0, 0, model.eval()
-    for x, y in validation.batches(1):
-        here = int((y != IGNORE).sum())
-        logits = model(torch.from_numpy(x[:, :here])).double()[0]
-        total += -logits.log_softmax(-1)[range(here), y[0, :here]].sum().item()
-        count += here
-    assert count == validation.predicted and results[0]["val_loss"] == pytest.approx(total / count, rel=1e-6)
-    assert results[0]["val_bpb"] == pytest.approx(total / math.log(2) / validation.text_bytes, rel=1e-6)
+    for x, y in validation.batches(1, CPU):
+        n = int((y != IGNORE_INDEX).sum())
+        logits = model(x[:, :n]).double()[0]
+        total += -logits.log_softmax(-1)[range(n), y[0, :n]].sum().item()
+        count += n
+    assert count == validation.num_targets and len(validation.starts) % 8
+    assert results[0] == dict(val_loss=pytest.approx(total / count, rel=1e-6), floor=validation.floor,
+                              val_bpb=pytest.approx(total / math.log(2) / validation.text_bytes, rel=1e-6))
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_validation_covers_whole_stories_from_the_start_each_token_once(corpus, aligned):
-    validation = Validation(corpus, 32, 1000, aligned)
-    stories = corpus.val.story_starts()
-    end = stories[stories <= 1000][-1]
-    text = corpus.val.read(0, end).tolist()
-    predicted = [int(token) for _, y in validation.batches(3) for token in y[y != IGNORE]]
-    expected = [token for token in text if token != corpus.tokenizer.bos_id] if aligned else text[1:]
-    assert predicted == expected
-    assert validation.text_bytes == sum(len(corpus.tokenizer.decode(text[a:b]).encode())
-                                        for a, b in zip(stories, stories[1:], strict=False) if b <= end)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_and_evaluation_compute_in_the_dtype_that_was_asked_for(data, tmp_path, monkeypatch, dtype):
+    seen, real = set(), GPT.forward
+
+    def forward(model, idx, targets=None):
+        loss = real(model, idx, targets)
+        seen.add((model.training, str(model.lm_head(model.ln_f.weight).dtype), str(loss.dtype)))
+        return loss
+    monkeypatch.setattr(GPT, "forward", forward)
+    run_train(data, tmp_path, dtype=dtype, max_iters=1)
+    assert seen == {(training, f"torch.{dtype}", "torch.float32") for training in (True, False)}
 
 
-def test_the_floor_is_that_of_the_very_stories_evaluated(corpus):
-    validation = Validation(corpus, 32, 1000, True)
-    ids, stories = corpus.val.read(0, len(corpus.val)).tolist(), corpus.val.story_starts()
-    stories = stories[stories <= 1000]
-    nats = [preprocess.story_nats(corpus.tokenizer.decode(ids[a:b])) for a, b in zip(stories, stories[1:], strict=False)]
-    assert validation.floor == pytest.approx(sum(nats) / (stories[-1] - len(nats)))
-    whole = Validation(corpus, 32, 0, True)
-    assert whole.floor == pytest.approx(corpus.meta["floor"]["nats_per_token"])
+def test_evaluating_and_printing_stories_never_change_the_training(data, tmp_path):
+    run_train(data, tmp_path / "often", eval_interval=1)
+    run_train(data, tmp_path / "seldom", eval_interval=100, sample_tokens=0)
+    one, two = (saved(tmp_path / name) for name in ("often", "seldom"))
+    assert all(same(one[key], two[key]) for key in ("model", "optimizer", "rng"))
 
 
-# One iteration
-
-def gradients_after(batches, dtype=torch.float32, passes=run_passes, iterations=1):
+def test_the_story_that_is_printed_is_drawn_in_evaluation_mode_and_training_continues_in_its_own(corpus):
     torch.manual_seed(0)
-    model = GPT(TINY)
-    caught = SimpleNamespace(param_groups=[dict(params=list(model.parameters()))], zero_grad=lambda: None,
-                             step=lambda found_inf: None)
-    for _ in range(iterations):
-        model.zero_grad()
-        losses, norm, skipped = train_step(model, model, iter(batches), len(batches), caught, make_scaler(CPU, dtype),
-                                           TrainConfig(grad_clip=0.0), CPU, dtype, passes)()
-    return [weight.grad for weight in model.parameters()], losses
+    model = GPT(replace(TINY, vocab_size=512, block_size=32, dropout=0.9)).train()
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    stories = {train.sample_story(model, corpus.tokenizer, 20, 5, CPU) for _ in range(3)}
+    assert len(stories) == 1 and stories.pop() and model.training
+    assert train.sample_story(model, corpus.tokenizer, 20, 6, CPU) not in stories
 
 
-def test_four_micro_batches_of_one_give_the_gradients_of_one_of_four():
-    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    whole, loss = gradients_after([(rows[:, :-1], rows[:, 1:])])
-    parts, mean = gradients_after([(row[None, :-1], row[None, 1:]) for row in rows])
-    assert loss == pytest.approx(mean, rel=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_own_name(data, tmp_path, corpus):
+    run_train(data, tmp_path, final_eval_tokens=3000)
+    *before, last = validation_lines(tmp_path)
+    assert [row["iter"] for row in before] == [0, 5, 10] and not any("full_val_loss" in row for row in before)
+    model = load_checkpoint(tmp_path / "ckpt.pt")[0]
+    for prefix, tokens in (("", 400), ("full_", 3000)):
+        exact = evaluate(model, Validation(corpus, 32, tokens, False), 2, CPU, torch.float32)
+        assert {name: last[prefix + name] for name in exact} == pytest.approx(exact, rel=1e-6)
+        assert exact.keys() == {"val_loss", "val_bpb", "floor"}
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+@pytest.mark.parametrize("optimizer, peak", [("muon", 0.03), ("adamw", 0.004)])
+def test_a_run_makes_max_iters_updates_at_the_rates_of_the_schedule_and_logs_them(data, tmp_path, monkeypatch,
+                                                                                  optimizer, peak):
+    seen = []
+    at_each_step(monkeypatch, lambda optimizer, n: seen.append([g["lr"] / g["initial_lr"]
+                                                                for g in optimizer.param_groups]))
+    run_train(data, tmp_path, optimizer=optimizer, muon_learning_rate=0.03, learning_rate=0.004, max_iters=23,
+              log_interval=1)
+    config, rows = TrainConfig(max_iters=23), metrics(tmp_path)
+    expected = [lr_multiplier(it, config) for it in range(23)]
+    assert [[pytest.approx(one)] * len(rates) for one, rates in zip(expected, seen, strict=True)] == seen
+    assert [row["lr"] for row in rows if "lr" in row] == pytest.approx([peak * one for one in expected])
+    assert [row["iter"] for row in rows if "train_loss" in row] == list(range(1, 24))
+    assert [row["iter"] for row in rows if "val_loss" in row] == [0, 5, 10, 15, 20, 23]
+    assert all(row["tokens"] == row["iter"] * 128 for row in rows)
+
+
+def gradients(data, out, monkeypatch, **settings):
+    """(gradients at the first update, the log)"""
+    seen = []
+    at_each_step(monkeypatch, lambda optimizer, n: seen.append(
+        [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]))
+    run_train(data, out, **dict(dropout=0, log_interval=1, max_iters=3, grad_clip=0) | settings)
+    return seen[0], training_lines(out)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_four_micro_batches_of_one_are_one_of_four(data, tmp_path, monkeypatch, dtype, tolerance):
+    whole, log = gradients(data, tmp_path / "whole", monkeypatch, batch_size=4, dtype=dtype)
+    parts, same_log = gradients(data, tmp_path / "parts", monkeypatch, batch_size=1, dtype=dtype)
+    assert all((a - b).norm() <= tolerance * a.norm() for a, b in zip(whole, parts, strict=True)) and whole[-1].any()
+    for a, b in zip(log, same_log, strict=True):
+        assert (a["train_loss"], a["grad_norm"]) == pytest.approx((b["train_loss"], b["grad_norm"]), rel=tolerance)
 
 
 class Conversions(TorchDispatchMode):
-    """Counts how often a weight matrix, by its shape, is made half-precision."""
+    """Counts how often a matrix of this shape is made bfloat16."""
 
-    def __init__(self, shape):
+    def __init__(self, *shape):
         super().__init__()
         self.shape, self.count = shape, 0
 
@@ -299,512 +368,990 @@ class Conversions(TorchDispatchMode):
         return made
 
 
-def test_micro_batches_share_the_half_precision_weights_and_their_gradients_stay_the_same():
-    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    batches = [(row[None, :-1], row[None, 1:]) for row in rows]
-    with Conversions(torch.Size([260, 16])) as embedding:
-        shared, loss = gradients_after(batches, torch.bfloat16)
-    assert embedding.count == 1
-    apart = [gradients_after([batch], torch.bfloat16) for batch in batches]
-    assert loss == pytest.approx(sum(one for _, one in apart) / 4, rel=1e-6)
-    for at, gradient in enumerate(shared):
-        assert torch.allclose(gradient, sum(one[at] for one, _ in apart) / 4, rtol=1e-2, atol=1e-4)
+def test_the_micro_batches_of_an_iteration_share_the_half_precision_weights(data, tmp_path):
+    with Conversions(512, 16) as embedding:
+        run_train(data, tmp_path, dtype="bfloat16", batch_size=1, max_iters=2, sample_tokens=0)
+    assert embedding.count == 2 + 3, "two iterations of four; evaluations at 0 and 2, and the final one"
 
+
+def test_gradients_are_clipped_as_a_whole_and_a_grad_clip_of_0_clips_nothing(data, tmp_path, monkeypatch):
+    plain, log = gradients(data, tmp_path / "plain", monkeypatch)
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in plain))
+    assert norm > 0.1 and log[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    clipped, log = gradients(data, tmp_path / "clipped", monkeypatch, grad_clip=0.01)
+    assert log[0]["grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm before it was clipped"
+    assert all(torch.allclose(c, p * 0.01 / norm, rtol=1e-3, atol=1e-9) for c, p in zip(clipped, plain, strict=True))
+
+
+def test_the_loss_logged_is_the_mean_of_all_micro_batches_since_the_last_line_also_across_a_resume(data, tmp_path,
+                                                                                                   monkeypatch):
+    losses = []
+    at_each_loss(monkeypatch, lambda loss, n: losses.append(loss.item()) or loss)
+    stop_at(monkeypatch, 4)
+    run_train(data, tmp_path, log_interval=7, expect=130)
+    resume(tmp_path)
+    rows = training_lines(tmp_path)
+    assert [row["iter"] for row in rows] == [7, 12] and len(losses) == 24
+    assert [row["train_loss"] for row in rows] == pytest.approx([sum(losses[:14]) / 14, sum(losses[14:]) / 10], rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(seed=5, align_stories=True)])
+def test_a_run_reads_the_windows_and_the_validation_text_that_its_settings_say(data, tmp_path, monkeypatch, corpus,
+                                                                              settings):
+    seen, real = {True: [], False: []}, GPT.forward
+
+    def forward(model, idx, targets=None):
+        seen[model.training].append((idx, targets))
+        return real(model, idx, targets)
+    monkeypatch.setattr(GPT, "forward", forward)
+    run_train(data, tmp_path, max_iters=5, **settings)
+    aligned = settings.get("align_stories", False)
+    batches = TrainLoader(corpus.train, 32, settings.get("seed", 1337), aligned).batches(0, 2, CPU)
+    assert same(seen[True], list(itertools.islice(batches, 10)))
+    assert same(seen[False], 3 * list(Validation(corpus, 32, 400, aligned).batches(2, CPU)))
+
+
+def test_the_loss_falls_and_stays_above_the_floor(data, tmp_path):
+    run_train(data, tmp_path, max_iters=100, eval_interval=50, dropout=0, tokens_per_iter=512, batch_size=16, n_embd=32,
+              eval_tokens=2000)
+    rows = validation_lines(tmp_path)
+    assert rows[0]["val_loss"] == pytest.approx(math.log(512), abs=0.2)
+    assert rows[-1]["val_loss"] < 0.4 * rows[0]["val_loss"]
+    assert all(row["val_loss"] > row["floor"] > 0.1 for row in rows)
+
+
+class Clock:
+    """Stands in for the module time: it shows what a test says."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = perf_counter
+
+
+def test_seconds_count_training_alone_and_tokens_per_second_are_those_of_the_last_interval(data, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
+
+    def takes(seconds, real):
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return real(*args, **kwargs)
+        return slow
+    monkeypatch.setattr(train, "evaluate", takes(1e4, train.evaluate))
+    monkeypatch.setattr(train, "sample_story", takes(1e5, train.sample_story))
+    monkeypatch.setattr(train.Run, "save", takes(1e6, train.Run.save))
+
+    def step(optimizer, n):
+        clock.now += n  # iteration n takes n seconds
+        if n == 7:
+            signal.raise_signal(signal.SIGINT)
+    at_each_step(monkeypatch, step)
+    run_train(data, tmp_path, save_minutes=1e9, expect=130)
+    resume(tmp_path)
+    assert all(row["seconds"] == row["iter"] * (row["iter"] + 1) / 2 for row in metrics(tmp_path))
+    rates = {3: 3 * 128 / (1 + 2 + 3), 6: 3 * 128 / (4 + 5 + 6), 9: 2 * 128 / (8 + 9), 12: 3 * 128 / (10 + 11 + 12)}
+    assert {row["iter"]: row["tokens_per_second"] for row in training_lines(tmp_path)} == pytest.approx(rates, abs=0.5)
+
+
+def test_a_run_is_saved_every_save_minutes_at_each_evaluation_and_at_the_end(data, tmp_path, monkeypatch):
+    clock, at, real = Clock(), [], train.Run.save
+
+    def save(run, name, resumable=True):
+        at.append(run.state.iter)
+        real(run, name, resumable)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train.Run, "save", lambda run, name, **how: at.append((run.state.iter, name)))
+    at_each_step(monkeypatch, lambda optimizer, n: setattr(clock, "now", clock.now + 60))
+    run_train(data, tmp_path, eval_interval=7, save_minutes=2.5)
+    assert [it for it, name in at if name == "ckpt.pt"] == [3, 6, 7, 10, 12]
+
+
+def test_a_progress_bar_replaces_the_lines_on_a_terminal(data, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    terminal, plain = Terminal(), io.StringIO()  # neither has reconfigure, as in a notebook
+    for name, stream in (("stdout", plain), ("stderr", terminal)):
+        monkeypatch.setattr(sys, name, stream)
+    train.main(arguments(data, tmp_path), standalone_mode=False)
+    assert "12/12 loss" in terminal.getvalue() and "tokens/s" in terminal.getvalue()
+    assert "iter 12: validation loss" in plain.getvalue() and "iter 12/12" not in plain.getvalue()
+
+
+# -----------------------------------------------------------------------------
+# Numbers that are not finite
+
+def infinite_gradient(loss):
+    """The same loss with an infinite gradient."""
+    loss.register_hook(lambda grad: grad * math.inf)
+    return loss
+
+
+@pytest.mark.parametrize("bad", [lambda loss: loss * math.nan, lambda loss: loss + math.inf, infinite_gradient])
+@pytest.mark.parametrize("settings, end", [
+    (dict(log_interval=3, eval_interval=6), 9), (dict(log_interval=100, eval_interval=4), 8),
+    (dict(log_interval=100, eval_interval=6, save_minutes=1e-9), 7), (dict(optimizer="adamw", log_interval=1), 7)])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_ends_the_run_at_the_next_look(
+        data, tmp_path, monkeypatch, bad, settings, end):
+    weights, on_disk = {}, {}
+
+    def step(optimizer, n):
+        weights[n] = weights_of(optimizer)
+        on_disk[n] = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "best.pt") if n > 6}
+    at_each_step(monkeypatch, step)
+    at_each_loss(monkeypatch, lambda loss, n: bad(loss) if n == 7 else loss)
+    output = run_train(data, tmp_path, expect=1, **settings)
+    half = "--learning-rate 0.001" if "optimizer" in settings else "--muon-learning-rate 0.01"
+    assert f"not finite at iteration {end}" in output and f"half the learning rate, {half}" in output
+    assert len(weights) == end and all(same(weights[n], weights[7]) for n in range(8, end))
+    assert not same(weights[6], weights[7])
+    assert on_disk[7] == {name: (tmp_path / name).read_bytes() for name in on_disk[7]}
+    assert saved(tmp_path)["state"]["iter"] == (6 if "save_minutes" in settings else 7 - (7 % SMALL["eval_interval"])
+                                                if "optimizer" in settings else settings["eval_interval"])
+    assert all(row["iter"] < 7 or row["iter"] < end for row in metrics(tmp_path))
+
+
+@pytest.mark.parametrize("broken_at, stop, message", [(7, True, "made weights that are not finite"),
+                                                      (10, False, "the validation loss is not finite at iteration 10")])
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch, broken_at, stop, message):
+    real, numbers = MuonAdamW.step, itertools.count(1)
+
+    def step(optimizer):
+        real(optimizer)
+        if next(numbers) == broken_at:
+            optimizer.param_groups[0]["params"][-1].data.fill_(math.nan)
+            if stop:
+                signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(MuonAdamW, "step", step)
+    output = run_train(data, tmp_path, expect=1)
+    assert message in output and "--muon-learning-rate 0.01" in output
+    assert saved(tmp_path)["state"]["iter"] == saved(tmp_path, "best.pt")["state"]["iter"] == 5
+
+
+# -----------------------------------------------------------------------------
+# The GradScaler
 
 @pytest.fixture
-def pretended_recording(monkeypatch):
-    """What a CUDA graph does, without one: the same work at each replay, on the tensors that it was recorded with."""
-    def pretend(device, run, before):
-        with torch.random.fork_rng(devices=[]):
-            for _ in range(3):
-                before()
-                run()
-        weights = inspect.getclosurevars(run).nonlocals["self"].weights
-        gradients = [weight.grad for weight in weights]
-
-        def replay():
-            there = [weight.grad for weight in weights]
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient
-            run()
-            for weight, gradient in zip(weights, there, strict=True):
-                weight.grad = gradient
-        return SimpleNamespace(replay=replay)
-
-    monkeypatch.setattr(train, "record_graph", pretend)
-    monkeypatch.setattr(train, "card_memory", lambda device: 2000)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_passes_give_the_gradients_of_plain_ones_at_every_iteration(pretended_recording, dtype):
-    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    batches = [(row[None, :-1], row[None, 1:]) for row in rows]
-    plain, loss = gradients_after(batches, dtype)
-    for iterations in (1, 3):
-        recorded, same_loss = gradients_after(batches, dtype, RecordedPasses(), iterations)
-        assert loss == same_loss and all(map(torch.equal, plain, recorded))
+def cpu_scaler(monkeypatch):
+    """Every run has a GradScaler, as float16 on CUDA has one: cpu_scaler(scale, interval of its growth)."""
+    def use(scale, interval=2000):
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: GradScaler("cpu", init_scale=scale,
+                                                                                  growth_interval=interval))
+    return use
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_scaler_is_on_exactly_for_float16_on_cuda(monkeypatch, device, dtype):
-    asked = {}
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: asked.update(enabled=enabled))
-    make_scaler(torch.device(device), dtype)
-    assert asked["enabled"] == (device == "cuda" and dtype is torch.float16)
+    monkeypatch.setattr(train, "choose_device", torch.device)
+    monkeypatch.setattr(train, "choose_dtype", lambda *_: dtype)
+    monkeypatch.setattr(train, "configure_optimizer", lambda *_: None)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: (device, enabled))
+    run = train.Run("rtx3050", MagicMock(), TrainConfig(device=device), None)
+    assert run.scaler == (device, device == "cuda" and dtype is torch.float16)
 
 
-def test_gradients_are_unscaled_before_they_are_clipped():
-    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    norms = []
-    for scaler in (make_scaler(CPU, torch.float32), torch.amp.GradScaler("cpu", init_scale=1024.0)):
-        torch.manual_seed(0)
-        model = GPT(TINY)
-        optimizer = make_optimizer(model, TrainConfig())
-        _, norm, skipped = train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, optimizer, scaler,
-                                      TrainConfig(grad_clip=0.01), CPU, torch.float32)()
-        norms.append((norm, skipped, model.wte.weight.detach().clone()))
-    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5) and norms[0][1] == norms[1][1] == False  # noqa: E712
-    assert torch.allclose(norms[0][2], norms[1][2], atol=1e-6)
+def test_gradients_are_unscaled_before_they_are_clipped(data, tmp_path, cpu_scaler):
+    run_train(data, tmp_path / "plain", grad_clip=0.01)
+    cpu_scaler(1024.0)  # a power of two: scaling rounds nothing
+    run_train(data, tmp_path / "scaled", grad_clip=0.01)
+    plain, scaled = (training_lines(tmp_path / name) for name in ("plain", "scaled"))
+    assert [[row.pop("loss_scale") for row in rows] for rows in (plain, scaled)] == [[1.0] * 4, [1024.0] * 4]
+    assert same(plain, scaled) and same(saved(tmp_path / "plain")["model"], saved(tmp_path / "scaled")["model"])
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_an_infinite_gradient_leaves_weights_and_moments_as_they_were_and_is_counted(name):
-    torch.manual_seed(0)
-    model, config = GPT(TINY), TrainConfig(optimizer=name)
-    rows = torch.randint(260, (4, 9), generator=torch.Generator().manual_seed(0))
-    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", init_scale=2.0)
-
-    def step():
-        return train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, optimizer, scaler, config, CPU,
-                          torch.float32)()
-
-    def learned():
-        moments = [value for member in optimizer.members for entry in member.state.values() for value in entry.values()]
-        return [value.detach().clone() for value in (*model.parameters(), *moments)]
-
-    before = learned()
-    assert not step()[2] and any(not torch.equal(a, b) for a, b in zip(before, learned()))
-    before = learned()
-    model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)  # where muon is used, one of AdamW's alone
-    _, norm, skipped = step()
-    assert skipped and not math.isfinite(norm) and scaler.get_scale() == 1.0
-    assert all(torch.equal(a, b) for a, b in zip(before, learned(), strict=True))
-    model.ln_f.weight._backward_hooks.clear()
-    assert not step()[2] and not torch.equal(before[0], learned()[0])
+def test_an_update_that_the_scaler_skips_changes_nothing_but_the_scale_and_is_counted_in_the_log(data, tmp_path,
+                                                                                                monkeypatch, cpu_scaler):
+    weights = []
+    cpu_scaler(8.0)
+    at_each_step(monkeypatch, lambda optimizer, n: weights.append(weights_of(optimizer)))
+    at_each_loss(monkeypatch, lambda loss, n: infinite_gradient(loss) if n in (2, 5) else loss)
+    run_train(data, tmp_path, log_interval=1, max_iters=6)
+    resume(tmp_path, "--max-iters", 8)
+    rows = training_lines(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert [row["loss_scale"] for row in rows] == [8.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0, 2.0]
+    assert [row["grad_norm"] is None for row in rows] == [False, True, False, False, True, False, False, False]
+    assert [same(*pair) for pair in itertools.pairwise(weights)] == [False, True, False, False, True, False, False]
 
 
-def test_a_loss_that_is_not_finite_changes_nothing():
-    model = GPT(TINY)
-    with torch.no_grad():
-        model.wte.weight[7] = math.nan
-    before = [weight.detach().clone() for weight in model.parameters()]
-    rows = torch.full((1, 9), 7)
-    with pytest.raises(LossNotFinite):
-        train_step(model, model, iter([(rows[:, :-1], rows[:, 1:])]), 1, make_optimizer(model, TrainConfig()),
-                   make_scaler(CPU, torch.float32), TrainConfig(), CPU, torch.float32)()
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.parameters(), strict=True))
+@pytest.mark.parametrize("count", [30, 31])
+def test_more_than_thirty_skipped_updates_in_a_row_end_the_run_with_advice(data, tmp_path, monkeypatch, cpu_scaler,
+                                                                          count):
+    cpu_scaler(2.0**20)
+    bad = {1, 2, 3, *range(10, 10 + count)}
+    at_each_loss(monkeypatch, lambda loss, n: infinite_gradient(loss) if n in bad else loss)
+    output = run_train(data, tmp_path, max_iters=50, log_interval=1, eval_interval=35, sample_tokens=0,
+                       expect=int(count > 30))
+    if count > 30:
+        assert "not finite at iteration 40" in output and "--dtype float32" in output
+        assert saved(tmp_path)["state"]["iter"] == 35
+    else:
+        assert training_lines(tmp_path)[-1]["skipped"] == 33
 
 
-# Settings
+def test_a_loss_that_is_not_finite_ends_a_run_with_a_scaler_too(data, tmp_path, monkeypatch, cpu_scaler):
+    cpu_scaler(2.0)
+    at_each_loss(monkeypatch, lambda loss, n: loss * math.nan if n == 4 else loss)
+    assert "not finite at iteration 5" in run_train(data, tmp_path, log_interval=100, expect=1)
 
-def test_accumulation_must_come_out_whole_and_the_error_names_values_that_do():
-    config = TrainConfig(tokens_per_iter=65536)
-    assert accumulation_steps(config, 256, 32) == 8
-    with pytest.raises(UserError, match="24 x 256 = 6144 tokens: use --batch-size 16 or 32, or --tokens-per-iter 61440 or 67584"):
-        accumulation_steps(config, 256, 24)
-    with pytest.raises(UserError, match="--tokens-per-iter 5120"):
-        accumulation_steps(replace(config, tokens_per_iter=5000), 160, 32)
+
+def test_the_scale_and_its_count_survive_a_resume(data, tmp_path, cpu_scaler):
+    cpu_scaler(8.0, 4)
+    run_train(data, tmp_path, max_iters=6)
+    assert saved(tmp_path)["scaler"]["_growth_tracker"] == 2
+    cpu_scaler(1.0, 4)
+    resume(tmp_path, "--max-iters", 9)
+    assert training_lines(tmp_path)[-1]["loss_scale"] == 32.0
+    assert saved(tmp_path)["scaler"]["_growth_tracker"] == 1
+
+
+def test_a_run_may_change_between_devices_with_and_without_a_scaler(data, tmp_path, monkeypatch, cpu_scaler):
+    run_train(data, tmp_path, max_iters=3, dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", lambda *_, **__: GradScaler("cpu", init_scale=8.0))
+        resume(tmp_path, "--max-iters", 6, "--dtype", "float32")
+    resume(tmp_path, "--max-iters", 9)
+    assert [row["loss_scale"] for row in training_lines(tmp_path)] == [1.0, 8.0, 1.0]
+
+
+# -----------------------------------------------------------------------------
+# best.pt
+
+def given_losses(monkeypatch, *losses):
+    """Let the next evaluations find these losses; returns the list of (weights, number of targets) they were asked for."""
+    losses, asked = iter(losses), []
+
+    def found(model, validation, *rest):
+        asked.append((copy.deepcopy(model.state_dict()), validation.num_targets))
+        return evaluate(model, validation, *rest) | dict(val_loss=next(losses))
+    monkeypatch.setattr(train, "evaluate", found)
+    return asked
+
+
+def test_best_is_the_model_of_the_lowest_loss_also_when_it_rises_again_and_after_a_resume(data, tmp_path, monkeypatch):
+    def best():
+        return saved(tmp_path, "best.pt")["state"]["iter"]
+    asked = given_losses(monkeypatch, 0.1, 3.0, 1.0, 2.0, 0.2)  # of the untrained model, at 2, 4, 6; and the full one
+    run_train(data, tmp_path, eval_interval=2, max_iters=6)
+    assert best() == 4 and same(saved(tmp_path, "best.pt")["model"], asked[2][0])
+    assert "optimizer" not in saved(tmp_path, "best.pt")
+    given_losses(monkeypatch, 1.5, 0.3)
+    resume(tmp_path, "--max-iters", 8)
+    assert best() == 4
+    given_losses(monkeypatch, 0.9, 0.9)
+    assert "best validation loss 0.9000" in resume(tmp_path, "--max-iters", 10)
+    assert best() == 10
+
+
+def test_best_has_the_loss_that_the_log_says(data, tmp_path, corpus):
+    run_train(data, tmp_path, max_iters=30, eval_interval=3, muon_learning_rate=0.5, warmup_iters=0)
+    rows = validation_lines(tmp_path)[1:]
+    best, lowest = saved(tmp_path, "best.pt"), min(rows, key=lambda row: row["val_loss"])
+    assert best["state"]["iter"] == lowest["iter"]
+    found = evaluate(load_checkpoint(tmp_path / "best.pt")[0], Validation(corpus, 32, 400, False), 2, CPU, torch.float32)
+    assert found["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("later, best", [(1.2, 9), (1.5, 4)])
+def test_best_is_measured_again_when_a_resume_changes_the_tokens_of_an_evaluation(data, tmp_path, monkeypatch, later,
+                                                                                  best):
+    given_losses(monkeypatch, 9.0, 1.0, 2.0, 2.0)
+    run_train(data, tmp_path, eval_interval=4, max_iters=6)
+    asked = given_losses(monkeypatch, 1.4, later, later)  # 1.0 of the old tokens is 1.4 of the new ones
+    resume(tmp_path, "--max-iters", 9, "--eval-interval", 9, "--eval-tokens", 3000)
+    assert saved(tmp_path, "best.pt")["state"]["iter"] == best
+    assert asked[0][1] == asked[1][1] > 2000 and same(asked[0][0], saved(tmp_path, "best.pt")["model"]) == (best == 4)
+
+
+# -----------------------------------------------------------------------------
+# Stop and resume
+
+@pytest.mark.parametrize("settings", [dict(optimizer="muon", activation_checkpointing=True),
+                                      dict(optimizer="adamw", position="rotary", qk_norm=True, align_stories=True),
+                                      dict(dtype="bfloat16", schedule="cosine", bias=True)])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, settings):
+    run_train(data, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)  # between two lines of the log and two evaluations
+        output = run_train(data, tmp_path / "my run", expect=130, **settings)
+    assert "Stopped and saved at iteration 7." in output
+    command(printed_command(output))
+    assert same_run(tmp_path / "whole", tmp_path / "my run")
+
+
+def wait_until(condition, seconds, what):
+    """Its first true value; the test fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} after {seconds} s"
+        time.sleep(0.005)
+    return value
+
+
+def last_iteration(out):
+    """The last iteration that the log has a complete line of, 0 before there is one."""
+    with contextlib.suppress(OSError):
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return max((json.loads(line)["iter"] for line in lines), default=0)
+    return 0
+
+
+def test_real_processes_interrupted_terminated_and_killed_in_turn_equal_one_undisturbed(data, tmp_path):
+    long = dict(max_iters=400, log_interval=10, eval_interval=40, sample_tokens=0)
+    run_train(data, tmp_path / "whole", **long)
+    out, words = tmp_path / "out", arguments(data, tmp_path / "out", **long)
+    for number, after in ((signal.SIGINT, 20), (signal.SIGTERM, 90), (signal.SIGKILL, 170)):
+        with open(tmp_path / "output.txt", "w+") as output, subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *words], stdout=output, stderr=subprocess.STDOUT) as process:
+            wait_until(lambda: last_iteration(out) >= after or process.poll() is not None, 60, "progress")  # noqa: B023
+            process.send_signal(number)
+            code = process.wait(60)
+        printed = (tmp_path / "output.txt").read_text()
+        assert code == (-number if number == signal.SIGKILL else 128 + number), printed
+        assert ("Resume with: python train.py --resume" in printed) == (number != signal.SIGKILL)
+        assert "Traceback" not in printed and saved(out)["state"]["iter"] < 400
+        words = ["--resume", "--out-dir", str(out)]
+    resume(out)
+    assert same_run(tmp_path / "whole", out)
+
+
+def test_a_second_ctrl_c_stops_at_once_without_saving(data, tmp_path, monkeypatch, capfd):
+    def step(optimizer, n):
+        if n == 7:
+            signal.raise_signal(signal.SIGINT)
+            before = files(tmp_path)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                assert files(tmp_path) == before
+        assert n < 8
+    at_each_step(monkeypatch, step)
+    run_train(data, tmp_path, expect=130)
+    printed = capfd.readouterr().err
+    assert "Press Ctrl-C again to stop at once" in printed and "Stopped. Nothing was saved since" in printed
+    assert saved(tmp_path)["state"]["iter"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_first_iteration_is_complete_leaves_nothing_that_blocks_the_same_command(data, tmp_path,
+                                                                                                   monkeypatch, number):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, number)
+        run_train(data, tmp_path, expect=128 + number)
+    assert not list(tmp_path.glob("*.pt"))
+    run_train(data, tmp_path)
+    assert [row["iter"] for row in validation_lines(tmp_path)] == [0, 5, 10, 12]
+
+
+def test_a_resume_drops_what_was_logged_after_its_checkpoint_and_lines_that_are_damaged(data, tmp_path):
+    run_train(data, tmp_path)
+    kept = metrics(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'\x00\xff\n[3]\n{"loss": 1}\n' + path.read_bytes().replace(b"\n", b'\n{"iter": 3, "tr\n', 1)
+                     + b'{"iter": 13, "train_loss": 9.0}\n{"iter": 14, "train_lo')
+    resume(tmp_path, "--max-iters", 15)
+    assert metrics(tmp_path)[:len(kept)] == kept
+    assert [row["iter"] for row in metrics(tmp_path)[len(kept):]] == [15, 15]
+
+
+def test_settings_of_memory_device_and_reports_may_change_at_a_resume_and_are_recorded(data, tmp_path):
+    run_train(data, tmp_path, max_iters=4)
+    changes = dict(max_iters=8, batch_size=4, log_interval=1, eval_interval=4, dtype="bfloat16", compile="off",
+                   activation_checkpointing=True, final_eval_tokens=100, sample_tokens=0, save_minutes=1.0)
+    run_train(data, tmp_path, resume=True, **changes)
+    assert [row["iter"] for row in training_lines(tmp_path)] == [3, 4, 5, 6, 7, 8]
+    config = json.loads((tmp_path / "config.json").read_text())["train"]
+    assert config == saved(tmp_path)["train_config"] and changes.items() <= config.items()
+
+
+# -----------------------------------------------------------------------------
+# Fine-tuning
+
+def test_fine_tuning_takes_weights_and_shape_from_the_checkpoint_and_nothing_of_how_it_learned(data, tmp_path):
+    run_train(data, tmp_path / "base", muon_learning_rate=0.5, warmup_iters=1, weight_decay=0.7, seed=3, preset="demo",
+              position="learned")
+    base, out = saved(tmp_path / "base", "best.pt"), tmp_path / "tuned"
+    tuned = ["--init-from", tmp_path / "base" / "best.pt", "--data-dir", data, "--out-dir", out, "--dropout", "0.1",
+             "--max-iters", 2, "--tokens-per-iter", 64, "--batch-size", 2, "--eval-tokens", 400, "--final-eval-tokens", 100,
+             "--sample-tokens", 0, "--device", "cpu"]
+    command(tuned)
+    end = saved(out)
+    assert end["model_config"] == base["model_config"] | dict(dropout=0.1) and end["preset"] == "demo"
+    expected = TrainConfig(**{name: value for name, value in PRESETS["demo"].items() if name in asdict(TrainConfig())})
+    for name in ("muon_learning_rate", "embedding_learning_rate", "warmup_iters", "weight_decay", "seed"):
+        assert end["train_config"][name] == getattr(expected, name), name
+    assert expected.warmup_iters == 50, "the preset's, not the default"
+    last = min(row["val_loss"] for row in validation_lines(tmp_path / "base")[1:])
+    assert validation_lines(out)[0]["val_loss"] == pytest.approx(last, rel=0.05) and end["state"]["iter"] == 2
+    steps = [state["step"].item() for state in end["optimizer"]["state"].values() if "exp_avg" in state]
+    assert steps and set(steps) == {2.0}
+
+
+def test_fine_tuning_takes_the_learning_settings_of_the_preset_given(corpus):
+    shape = GPTConfig(**{name: value for name, value in PRESETS["demo"].items() if name in asdict(TINY)}, vocab_size=512)
+    checkpoint = dict(tokenizer=corpus.tokenizer.model_bytes, preset="rtx3050")
+    preset, same_shape, config = train.settings_for_init_from(checkpoint, shape, "demo", dict(seed=4), corpus, "best.pt")
+    assert (preset, same_shape) == ("demo", shape)
+    assert (config.tokens_per_iter, config.max_iters, config.warmup_iters, config.seed) == (5120, 320, 50, 4)
+    assert train.settings_for_init_from(checkpoint, shape, None, {}, corpus, "best.pt")[2] == TrainConfig()
+
+
+def test_fine_tuning_refuses_another_shape_and_the_deletion_of_its_own_checkpoint(data, tmp_path):
+    run_train(data, tmp_path, max_iters=1)
+    start = ["--init-from", tmp_path / "best.pt", "--data-dir", data]
+    before = files(tmp_path)
+    assert "--n-layer 2 contradicts" in command([*start, "--n-layer", 2, "--out-dir", tmp_path / "b"], expect=1)
+    assert "contradicts" in command([*start, "--preset", "demo", "--out-dir", tmp_path / "c"], expect=1)
+    assert "--overwrite would delete" in command([*start, "--overwrite", "--out-dir", tmp_path], expect=1)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    assert not list(tmp_path.glob("*/*.pt"))
+
+
+def test_fine_tuning_on_a_corpus_with_another_tokenizer_prints_two_commands_that_mend_it(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_train(data, tmp_path / "my run", max_iters=1)
+    words = "cats dogs birds sat ran flew here there now then".split()
+    Path("my tales.txt").write_text("<|endoftext|>".join(f"{a} {b} {c}. 😀" for a in words for b in words for c in words))
+    prepare = ["prepare-dataset", "--dataset", "my tales.txt", "--vocab-size", "300", "--data-dir", "my data"]
+    assert CliRunner().invoke(preprocess.main, prepare).exit_code == 0
+    start = ["--init-from", "my run/best.pt", "--data-dir", "my data", "--out-dir", "tuned", "--max-iters", 1,
+             "--tokens-per-iter", 64, "--batch-size", 2, "--eval-tokens", 400, "--device", "cpu"]
+    output = command(start, expect=1)
+    for script, main in (("export.py", export.main), ("preprocess.py", preprocess.main)):
+        result = CliRunner().invoke(main, printed_command(output, script))
+        assert result.exit_code == 0, result.output
+    command(start)
+
+
+# -----------------------------------------------------------------------------
+# What is refused, and what is printed
+
+@pytest.mark.parametrize("words, message", [
+    (["--n-layer", "2"], "--n-layer 2 contradicts .* which has 1"),
+    (["--dropout", "0.3"], "--dropout 0.3 contradicts .* which has 0.2"),
+    (["--seed", "1"], "--seed 1 contradicts .* which has 1337"),
+    (["--muon-learning-rate", "0.1"], "--muon-learning-rate 0.1 contradicts .* which has 0.02"),
+    (["--align-stories"], "--align-stories True contradicts .* which has False"),
+    (["--preset", "demo"], "--preset demo contradicts .* which has rtx3050"),
+    (["--max-iters", "2"], "finished its 2 iterations.*chat.py --out-dir .*larger --max-iters"),
+    (["--batch-size", "3", "--max-iters", "4"], "use --batch-size 2 or --tokens-per-iter 96"),
+])
+def test_a_resume_refuses_what_contradicts_the_run_and_changes_no_file(data, tmp_path, words, message):
+    run_train(data, tmp_path, max_iters=2)
+    before = files(tmp_path)
+    assert re.search(message, resume(tmp_path, *words, expect=1))
+    assert before == files(tmp_path)
+
+
+def prepared_again(data, folder, change=None):
+    """A copy of the corpus; `change` edits the bytes of its training shard."""
+    shutil.copytree(data, folder)
+    if change:
+        path, meta = folder / "train_000.bin", json.loads((folder / "meta.json").read_text())
+        path.write_bytes(change(path.read_bytes()))
+        meta["train"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_resume_needs_the_same_corpus_in_whatever_folder(data, tmp_path):
+    run_train(prepared_again(data, tmp_path / "a"), tmp_path / "out", max_iters=2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    more = ["--max-iters", 4]
+    assert f"the corpus in {tmp_path / 'a'} does not exist" in resume(tmp_path / "out", *more, expect=1)
+    other = prepared_again(data, tmp_path / "other", lambda ids: ids[2:] + ids[:2])
+    output = resume(tmp_path / "out", "--data-dir", other, *more, expect=1)
+    assert f"trained on another corpus than that in {other}" in output
+    resume(tmp_path / "out", "--data-dir", tmp_path / "b", *more)
+    resume(tmp_path / "out", "--max-iters", 6)  # the new folder was recorded
+
+
+@pytest.mark.parametrize("lost, named", [(["optimizer", "scaler", "rng", "cuda_rng"], "optimizer, rng, scaler"),
+                                         (["state", "corpus"], "corpus, state")])
+def test_a_checkpoint_for_chatting_or_of_an_earlier_version_is_not_resumed_but_can_be_fine_tuned(data, tmp_path, lost,
+                                                                                                 named):
+    out = tmp_path / "my run"
+    run_train(data, out, max_iters=2)
+    if len(lost) == 4:
+        shutil.copy(out / "best.pt", out / "ckpt.pt")
+    else:
+        torch.save({name: value for name, value in saved(out).items() if name not in lost}, out / "ckpt.pt")
+    before = files(out)
+    output = resume(out, "--max-iters", 4, expect=1)
+    assert f"cannot resume from {out / 'ckpt.pt'}" in output and named in output and before == files(out)
+    words = printed_command(output)
+    assert words == ["--init-from", str(out / "ckpt.pt"), "--out-dir", "another-folder"]
+    command(arguments(data, tmp_path / "tuned", init_from=words[1], dropout=None, max_iters=1))
+
+
+def test_a_folder_with_a_run_is_kept_unless_told_and_the_same_command_twice_harms_nothing(data, tmp_path):
+    run_train(data, tmp_path, max_iters=2)
+    before = files(tmp_path)
+    assert re.search("--resume continues it, --overwrite replaces it", run_train(data, tmp_path, expect=1))
+    (tmp_path / "ckpt.pt").rename(tmp_path / "kept.pt")
+    assert "already contains a run" in run_train(data, tmp_path, expect=1), "best.pt alone is a run too"
+    (tmp_path / "kept.pt").rename(tmp_path / "ckpt.pt")
+    for words in (["--resume", "--overwrite"], ["--resume", "--init-from", tmp_path / "best.pt"]):
+        assert "omit --overwrite and --init-from" in command([*words, "--out-dir", tmp_path], expect=2)
+    assert before == files(tmp_path)
+
+
+def test_overwriting_removes_all_of_the_run_before(data, tmp_path, monkeypatch):
+    run_train(data, tmp_path, max_iters=6)
+    stop_at(monkeypatch, 1)
+    run_train(data, tmp_path, overwrite=True, expect=130)
+    assert not list(tmp_path.glob("*.pt")) and [row["iter"] for row in metrics(tmp_path)] == [0]
+    run_train(data, tmp_path)
+
+
+def test_a_folder_in_use_is_refused_and_free_again_after_a_run(data, tmp_path):
+    with folder_lock(tmp_path):
+        assert f"{tmp_path} is in use by another process" in run_train(data, tmp_path, expect=1)
+        assert list(files(tmp_path)) == ["lock"]
+    run_train(data, tmp_path, max_iters=1)
+    with folder_lock(tmp_path):
+        assert "in use" in resume(tmp_path, "--max-iters", 2, expect=1)
+
+
+def test_what_is_missing_names_the_command_to_type(data, tmp_path):
+    output = resume(tmp_path / "no run", expect=1)
+    assert printed_command(output) == ["--out-dir", str(tmp_path / "no run")]
+    output = run_train(tmp_path / "no data", tmp_path / "out", expect=1)
+    assert printed_command(output, "preprocess.py") == ["prepare-dataset", "--data-dir", str(tmp_path / "no data")]
+    assert "best.pt does not exist" in run_train(data, tmp_path / "out", init_from=tmp_path / "best.pt", expect=1)
 
 
 def test_the_vocabulary_comes_from_the_corpus_and_a_flag_that_contradicts_it_is_refused(data, tmp_path):
-    run_train(data, tmp_path, "--max-iters", 1)
+    assert "--vocab-size 4096 contradicts the prepared corpus" in run_train(data, tmp_path, vocab_size=4096, expect=1)
+    run_train(data, tmp_path, vocab_size=512, max_iters=1)
     assert json.loads((tmp_path / "config.json").read_text())["model"]["vocab_size"] == 512
-    result = run_train(data, tmp_path / "other", "--vocab-size", 4096, expect=1)
-    assert "--vocab-size 4096 contradicts the prepared corpus" in result.output
 
 
-def test_nothing_prepared_names_the_command_to_type(tmp_path):
-    result = CliRunner().invoke(train.main, ["--data-dir", str(tmp_path / "none")])
-    assert result.exit_code == 1 and "python preprocess.py prepare-dataset" in result.output
-    assert "Traceback" not in result.output
+def test_accumulation_must_be_a_whole_number_and_the_error_names_values_that_work(monkeypatch):
+    config = TrainConfig(tokens_per_iter=65536)
+    assert train.grad_accum_steps(config, 256, 32) == 8
+    for batch_size, size, tokens in ((24, 16, 61440), (300, 256, 76800)):
+        with pytest.raises(UserError, match=f"use --batch-size {size} or --tokens-per-iter {tokens}$"):
+            train.grad_accum_steps(config, 256, batch_size)
+        train.grad_accum_steps(config, 256, size)
+        train.grad_accum_steps(replace(config, tokens_per_iter=tokens), 256, batch_size)
+    with pytest.raises(UserError, match="use --tokens-per-iter 5120$"):
+        train.grad_accum_steps(replace(config, tokens_per_iter=5000), 160, 32)
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    assert train.grad_accum_steps(config, 256, 32) == 4
+    with pytest.raises(UserError, match="on each of 2 GPUs.*use --batch-size 128 or --tokens-per-iter 131072$"):
+        train.grad_accum_steps(config, 256, 256)
 
 
-def test_a_folder_that_holds_a_run_is_left_alone_unless_told(data, tmp_path):
-    run_train(data, tmp_path, "--max-iters", 2)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "--resume" in run_train(data, tmp_path, expect=1).output
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
-    run_train(data, tmp_path, "--max-iters", 3, "--overwrite")
-    assert metrics(tmp_path)[-1]["iter"] == 3
+def test_a_finished_run_names_the_next_commands_which_find_it(data, tmp_path):
+    output = run_train(data, tmp_path / "my run", max_iters=2)
+    for script in ("chat.py", "plot_loss.py"):
+        assert printed_command(output, script) == ["--out-dir", str(tmp_path / "my run")]
+    assert printed_command(resume(tmp_path / "my run", expect=1), "chat.py") == ["--out-dir", str(tmp_path / "my run")]
 
 
-# A run
+@on_linux
+def test_a_full_disk_while_logging_ends_the_run_with_a_command_that_resumes_it(data, tmp_path, monkeypatch):
+    out = tmp_path / "my run"
 
-def test_a_run_makes_exactly_max_iters_updates_and_logs_true_counts(data, tmp_path, monkeypatch):
-    steps = []
-    real = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *args: steps.append(1) or real(*args))
-    run_train(data, tmp_path, "--max-iters", 11)
-    rows = metrics(tmp_path)
-    assert len(steps) == 11 and all(row["tokens"] == row["iter"] * 128 for row in rows)
-    assert [row["iter"] for row in rows if "train_loss" in row] == [3, 6, 9, 11]
-    assert [row["iter"] for row in rows if "val_loss" in row] == [0, 5, 10, 11]
-
-
-def test_the_logged_loss_is_the_mean_of_all_micro_batches_since_the_last_line(data, tmp_path, monkeypatch):
-    losses = []
-    real = train.train_step
-
-    def remember(*args):
-        result = real(*args)()
-        losses.append(result[0])
-        return lambda: result
-
-    monkeypatch.setattr(train, "train_step", remember)
-    run_train(data, tmp_path, "--max-iters", 4, "--log-interval", 7, "--batch-size", 2, "--block-size", 32)
-    resume(data, tmp_path, "--max-iters", "9")
-    rows = training_lines(tmp_path)
-    assert [row["iter"] for row in rows] == [4, 7, 9]
-    for row, (a, b) in zip(rows, [(0, 4), (4, 7), (7, 9)], strict=True):
-        assert row["train_loss"] == pytest.approx(sum(losses[a:b]) / (b - a), rel=1e-6)
+    def fill_disk(optimizer, n):
+        if n == 7:
+            (out / "metrics.jsonl").unlink()
+            (out / "metrics.jsonl").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        at_each_step(patch, fill_disk)
+        output = run_train(data, out, expect=1)
+    assert f"cannot write {out / 'metrics.jsonl'}: No space left on device" in output
+    (out / "metrics.jsonl").unlink()
+    command(printed_command(output))
+    assert saved(out)["state"]["iter"] == 12
 
 
-def test_the_loss_falls_and_stays_above_the_floor(data, tmp_path):
-    run_train(data, tmp_path, "--max-iters", 150, "--eval-interval", 50, "--dropout", 0, "--tokens-per-iter", 512,
-              "--batch-size", 16, "--n-embd", 32, "--eval-tokens", 3000)
-    rows = [row for row in metrics(tmp_path) if "val_loss" in row]
-    assert rows[0]["val_loss"] == pytest.approx(math.log(512), abs=0.2)
-    assert rows[-1]["val_loss"] < 0.4 * rows[0]["val_loss"]
-    assert all(row["val_loss"] > row["floor"] for row in rows)
+def test_more_than_twenty_epochs_are_warned_of_with_a_number_of_iterations_that_is_not(data, tmp_path):
+    output = run_train(data, tmp_path, plan=True, max_iters=100_000)
+    enough = re.search(r"Warning: beyond about 20 epochs .* --max-iters (\d+)$", output, re.MULTILINE)[1]
+    tokens = int(enough) * SMALL["tokens_per_iter"]
+    assert tokens == pytest.approx(20 * len(Corpus(data).train), rel=0.01)
+    assert "Warning" not in run_train(data, tmp_path, plan=True, max_iters=int(enough) - 1)
 
 
-def test_evaluating_and_printing_samples_never_change_the_training(data, tmp_path):
-    run_train(data, tmp_path / "often", "--eval-interval", 1)
-    run_train(data, tmp_path / "seldom", "--eval-interval", 100, "--sample-tokens", 0)
-    one, two = (read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("often", "seldom"))
-    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+def test_a_cpu_beside_an_nvidia_driver_is_warned_of(data, tmp_path, monkeypatch):
+    assert "Warning" not in run_train(data, tmp_path, plan=True)
+    monkeypatch.setattr(train, "cuda_hint", lambda: "Get another PyTorch. ")
+    assert "Warning: Get another PyTorch. Training continues on the CPU" in run_train(data, tmp_path, plan=True)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, optimizer):
-    run_train(data, tmp_path / "whole", "--optimizer", optimizer)
-    real, done = train.train_step, []
-
-    def interrupt(*args):
-        done.append(1)
-        if len(done) == 7:  # between two lines of the log and two evaluations
-            signal.raise_signal(signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(train, "train_step", interrupt)
-    result = run_train(data, tmp_path / "halves", "--optimizer", optimizer, expect=130)
-    assert "iteration 7. Go on with: python train.py --resume" in result.output
-    monkeypatch.setattr(train, "train_step", real)
-    resume(data, tmp_path / "halves")
-    assert same_run(tmp_path / "whole", tmp_path / "halves")
+def test_a_plan_measures_a_few_iterations_and_writes_nothing(data, tmp_path, monkeypatch):
+    seen = []
+    at_each_step(monkeypatch, lambda optimizer, n: seen.append(n))
+    output = run_train(data, tmp_path / "out", plan=True, max_iters=1_000_000)
+    assert len(seen) == 8 and re.search(r"Measured: \S+ tokens/s, so 1,000,000 iterations take [\d.]+ (min|h)", output)
+    assert "2 micro-batches of 2 x 32" in output and "128.00M tokens in total" in output
+    assert not (tmp_path / "out").exists()
+    run_train(data, tmp_path / "run", max_iters=5)
+    before = files(tmp_path / "run")
+    resume(tmp_path / "run", "--plan", "--max-iters", 50)
+    run_train(data, tmp_path / "run", plan=True, overwrite=True)
+    assert files(tmp_path / "run") == before
 
 
-def test_a_signal_after_the_question_whether_to_stop_is_answered_one_iteration_later_with_a_save(data, tmp_path,
-                                                                                              monkeypatch):
-    real = train.Log.training
+# -----------------------------------------------------------------------------
+# Memory and compilation
 
-    def interrupt(log, progress, *rest):
-        if progress.iter == 6:
-            signal.raise_signal(signal.SIGINT)
-        return real(log, progress, *rest)
-
-    monkeypatch.setattr(train.Log, "training", interrupt)
-    assert "saved at iteration 7" in run_train(data, tmp_path, expect=130).output
-    assert read_checkpoint(tmp_path / "ckpt.pt")["progress"]["iter"] == 7
+def test_activation_checkpointing_is_on_when_asked_for_and_changes_nothing_that_is_learned(data, tmp_path, monkeypatch):
+    calls, real = [], model_file.recompute
+    monkeypatch.setattr(model_file, "recompute", lambda *args, **how: calls.append(1) or real(*args, **how))
+    run_train(data, tmp_path / "plain")
+    assert not calls
+    run_train(data, tmp_path / "recomputed", activation_checkpointing=True)
+    assert len(calls) == 2 * 12 and same_run(tmp_path / "plain", tmp_path / "recomputed", "activation_checkpointing")
 
 
-def wait_for_line(process, text, seconds=90):
-    """Read the process's output until a line has `text`."""
-    deadline, seen = time.monotonic() + seconds, []
-    while time.monotonic() < deadline:
-        line = process.stdout.readline()
-        seen.append(line)
-        if text in line:
-            return
-        if not line:
-            break
-    pytest.fail(f"no {text!r} in {''.join(seen)}")
+@pytest.mark.parametrize("cuda, triton, compile, max_iters, compiled", [
+    (True, True, "auto", 500, True), (True, True, "auto", 499, False), (True, True, "off", 500, False),
+    (True, True, "on", 1, True), (True, False, "auto", 500, False), (False, True, "auto", 500, False),
+    (False, False, "on", 1, True)])
+def test_whether_to_compile_depends_on_the_settings_and_what_is_installed_alone(monkeypatch, cuda, triton, compile,
+                                                                                max_iters, compiled):
+    monkeypatch.setattr(torch, "compile", lambda function: SimpleNamespace(compiled=function))
+    monkeypatch.setattr(train, "try_forward_backward", lambda *_: 0)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if triton else None)
+    for it in (0, 1, max_iters):
+        run = SimpleNamespace(model=GPT(TINY), config=TrainConfig(compile=compile, max_iters=max_iters),
+                              device=torch.device("cuda" if cuda else "cpu"), optimizer=SimpleNamespace(update=None),
+                              state=train.TrainState(iter=it))
+        model = train.compile_model(run, 2)
+        assert (model.compiled is run.model and run.optimizer.update.compiled is train.muon_update) if compiled \
+            else (model is run.model and run.optimizer.update is None)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    subprocess.run([*TRAIN, *LONGER, "--data-dir", str(data), "--out-dir", str(out)], check=True, env=ONE_THREAD,
-                   capture_output=True)
-    return out
+def test_the_compiled_functions_are_those_that_train_and_trying_them_changes_nothing(data, tmp_path, monkeypatch):
+    compiled = []
+    run_train(data, tmp_path / "eager")
+
+    def compile(function):
+        counted = MagicMock(wraps=function)
+        compiled.append(counted)
+        return counted
+    monkeypatch.setattr(torch, "compile", compile)
+    run_train(data, tmp_path / "compiled", compile="on")
+    assert [counted.call_count for counted in compiled] == [1 + 2 * 12, 3 * 12]  # three shapes of matrices
+    assert same_run(tmp_path / "eager", tmp_path / "compiled", "compile")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_real_process_that_is_stopped_goes_on_where_it_was(data, undisturbed, tmp_path, how):
-    where = ["--data-dir", str(data), "--out-dir", str(tmp_path)]
-    with subprocess.Popen([*TRAIN, *LONGER, *where], stdout=subprocess.PIPE, text=True, encoding="utf-8",
-                          env=ONE_THREAD) as process:
-        wait_for_line(process, "iter 40: validation")
-        process.send_signal(how)
-        output = process.stdout.read()
-    assert process.returncode == (128 + how if how == signal.SIGTERM else -how)
-    assert ("--resume" in output) == (how == signal.SIGTERM)
-    subprocess.run([*TRAIN, "--resume", *where], check=True, env=ONE_THREAD, capture_output=True)
-    assert same_run(undisturbed, tmp_path)
+@pytest.mark.parametrize("when", ["compiling", "running"])
+def test_where_compiling_fails_training_falls_back_with_one_line(data, tmp_path, monkeypatch, when):
+    def no_triton(*args):
+        raise RuntimeError("Cannot find a working triton installation\nand more")
+    run_train(data, tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", no_triton if when == "compiling" else lambda function: no_triton)
+    output = run_train(data, tmp_path / "failed", compile="on")
+    lines = [line for line in output.splitlines() if "torch.compile" in line]
+    assert len(lines) == 1 and "(Cannot find a working triton installation): training falls back" in lines[0]
+    assert "and more" not in output and same_run(tmp_path / "eager", tmp_path / "failed", "compile")
 
 
+def test_an_error_of_the_disk_or_of_ours_is_not_blamed_on_the_compiler(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    real = TrainLoader.batches
+
+    def batches(loader, *args):
+        yield next(real(loader, *args))
+        raise OSError(5, "Input/output error", "train_000.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "batches", batches)
+        output = run_train(data, tmp_path, compile="on", expect=1)
+    assert "torch.compile" not in output and "train_000.bin: Input/output error" in output
+    at_each_loss(monkeypatch, lambda loss, n: 1 / 0 if n == 3 else loss)
+    result = CliRunner().invoke(train.main, arguments(data, tmp_path, compile="on"))
+    assert isinstance(result.exception, ZeroDivisionError) and "torch.compile" not in result.output
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["forward", "step", "evaluate", "sample_story"])
+def test_running_out_of_memory_keeps_the_checkpoint_and_ends_with_a_command_that_resumes(data, tmp_path, monkeypatch,
+                                                                                        place):
+    out, before = tmp_path / "my run", {}
+
+    def at_iteration_8(optimizer, n):
+        if n == 8:
+            before.update(files(out))
+            if place == "step":
+                out_of_memory()
+            elif place != "forward":
+                patch.setattr(train, place, out_of_memory)
+    with monkeypatch.context() as patch:
+        at_each_step(patch, at_iteration_8)
+        if place == "forward":
+            at_each_loss(patch, lambda loss, n: before.update(files(out)) or out_of_memory() if n == 8 else loss)
+        output = run_train(data, out, expect=1)
+    assert "out of memory with micro-batches of 2 x 32 tokens. Add --batch-size 1 to the command" in output
+    assert {name: (out / name).read_bytes() for name in ("ckpt.pt", "best.pt")}.items() <= before.items()
+    words = printed_command(output)
+    assert words == ["--resume", "--batch-size", "1", "--out-dir", str(out)]
+    command(words)
+    run_train(data, tmp_path / "whole")
+    assert [row["iter"] for row in metrics(out)] == [row["iter"] for row in metrics(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("settings, advice", [
+    (dict(batch_size=4), ["--batch-size", "2"]), (dict(batch_size=1), ["--activation-checkpointing"]),
+    (dict(batch_size="auto"), ["--batch-size", "2"]), (dict(compile="on"), ["--batch-size", "1"])])
+def test_running_out_of_memory_at_the_start_advises_the_next_smaller_batch_or_recomputing(data, tmp_path, monkeypatch,
+                                                                                         settings, advice):
+    with monkeypatch.context() as patch:
+        at_each_step(patch, out_of_memory)
+        patch.setattr(torch, "compile", lambda function: out_of_memory)
+        words = printed_command(run_train(data, tmp_path, expect=1, **settings))
+    assert words == [*advice, "--out-dir", str(tmp_path)]
+    command([*arguments(data, tmp_path, **settings), *advice, "--compile", "off"])
+
+
+class FakeGPU:
+    """The figures of torch.cuda for one device out of two, and the memory that a micro-batch needs there."""
+
+    def __init__(self, monkeypatch, free, total=8000, fraction=1.0, reserved=0, fixed=100, per_sequence=100):
+        self.tried, self.device = [], torch.device("cuda:1")
+        self.fixed, self.per_sequence = fixed, per_sequence
+        for name, value in dict(mem_get_info=(free, total), get_per_process_memory_fraction=fraction,
+                                memory_reserved=reserved, memory_allocated=fixed).items():
+            monkeypatch.setattr(torch.cuda, name, self.figure(value))
+        monkeypatch.setattr(train, "try_forward_backward", self.forward_backward)
+
+    def figure(self, value):
+        def of_device(device):
+            assert device == self.device, "the figures of another GPU"
+            return value
+        return of_device
+
+    def forward_backward(self, forward, batch_size, run):
+        self.tried.append(batch_size)
+        if self.fixed + self.per_sequence * batch_size > 8000:
+            out_of_memory()
+        return self.fixed + self.per_sequence * batch_size
+
+    def find(self, parameters=0):
+        model = SimpleNamespace(config=SimpleNamespace(block_size=32), count_parameters=lambda: parameters)
+        return train.find_batch_size(SimpleNamespace(config=TrainConfig(tokens_per_iter=32 * 96), device=self.device,
+                                                     model=model))
+
+
+@pytest.mark.parametrize("figures, parameters, size", [
+    (dict(free=8000), 0, 48),                       # 4,900 of at most 7,200; 96 would need 9,700
+    (dict(free=5000), 0, 32),                       # 48 sequences would need 4,900 of at most 4,500
+    (dict(free=3000, reserved=2000), 0, 32),        # what this process has cached is free for it
+    (dict(free=8000, fraction=0.5), 0, 32),         # a limit that the user set
+    (dict(free=8000), 200, 48), (dict(free=8000), 400, 32),  # AdamW's moments: 1,600 and 3,200 bytes
+    (dict(free=50), 0, 1)])  # nothing fits: the smallest, and advice if it does not
+def test_batch_size_auto_is_tried_upwards_and_stays_below_nine_tenths_of_the_memory(monkeypatch, figures, parameters,
+                                                                                    size):
+    gpu = FakeGPU(monkeypatch, **figures)
+    assert gpu.find(parameters) == size
+    assert gpu.tried == [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if n <= size]
+
+
+def test_batch_size_auto_stops_below_the_size_that_ran_out_of_memory_or_needed_more_than_foreseen(monkeypatch):
+    gpu = FakeGPU(monkeypatch, free=8000)
+    real = gpu.forward_backward
+    monkeypatch.setattr(train, "try_forward_backward", lambda forward, size, run:
+                        out_of_memory() if size > 12 else real(forward, size, run))
+    assert gpu.find() == 12
+    monkeypatch.setattr(train, "try_forward_backward", lambda forward, size, run:
+                        7900 if size > 6 else real(forward, size, run))
+    assert gpu.find() == 6
+
+
+def test_batch_size_auto_changes_nothing_that_is_learned(data, tmp_path):
+    assert "micro-batches of 4 fit" in run_train(data, tmp_path / "auto", batch_size="auto")
+    run_train(data, tmp_path / "given", batch_size=4)
+    assert same_run(tmp_path / "auto", tmp_path / "given", "batch_size")
+
+
+def opened(data, tmp_path, *, preset=None, path=None, resumed=False, **settings):
+    given = dict(SMALL, data_dir=str(data), out_dir=str(tmp_path)) | settings
+    return train.open_run(preset, path, resumed, {} if resumed else given, False)
+
+
+def test_trying_a_micro_batch_keeps_gradients_and_random_state(data, tmp_path):
+    run = opened(data, tmp_path)
+    before = torch.get_rng_state()
+    assert train.try_forward_backward(run.model, 2, run) == 0
+    assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in run.model.parameters())
+
+
+# -----------------------------------------------------------------------------
 # Several processes
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-FOUR = [*SMALL, "--tokens-per-iter", "256", "--dropout", "0"]  # two micro-batches for each of two processes
+def test_dropout_differs_between_processes_and_between_the_parts_of_a_run(data, tmp_path, monkeypatch):
+    run_train(data, tmp_path, max_iters=2)
+    states, weights = [], []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(train, "RANK", rank)
+        for resumed in (False, True):
+            run = opened(data, tmp_path, path=tmp_path / "ckpt.pt" if resumed else None, resumed=resumed)
+            states.append(torch.get_rng_state())
+            weights.append(weights_of(run.optimizer))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(states, 2))
+    assert torch.equal(states[1], saved(tmp_path)["rng"])
+    assert same(weights[0], weights[2]) and same(weights[0], weights[4]), "the weights are the same in all"
+    assert same(weights[1], weights[3]) and not same(weights[0], weights_of(opened(data, tmp_path, seed=5).optimizer))
 
 
-def test_two_processes_learn_the_same_as_one(data, tmp_path):
-    run_train(data, tmp_path / "one", *FOUR, "--max-iters", 20)
-    subprocess.run([*TORCHRUN, *FOUR, "--max-iters", "20", "--data-dir", str(data), "--out-dir", str(tmp_path / "two")],
-                   check=True, env=ONE_THREAD, capture_output=True)
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two) == 12
-    for a, b in zip(one, two, strict=True):
-        assert (a["iter"], a["tokens"]) == (b["iter"], b["tokens"])
-        assert all(a[key] == pytest.approx(b[key], abs=1e-4) for key in ("train_loss", "val_loss") if key in a)
-    resume(data, tmp_path / "two", "--max-iters", "24")
-    assert metrics(tmp_path / "two")[-1]["iter"] == 24, "one process goes on where two stopped"
+def test_the_first_process_alone_writes_and_prints(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RANK", 1)
+    run = opened(data, tmp_path / "out", log_interval=1)
+    train.describe(run, 2)
+    train.train(run, 2, SimpleNamespace(signal=0))
+    assert run.state.iter == 12 and not (tmp_path / "out").exists() and capsys.readouterr().out == ""
 
 
-def test_best_is_the_checkpoint_of_the_lowest_validation_loss_and_never_an_untrained_one(data, tmp_path, corpus):
-    run_train(data, tmp_path, "--max-iters", 1, "--eval-interval", 100)
-    assert read_checkpoint(tmp_path / "best.pt")["progress"]["iter"] == 1
-    run_train(data, tmp_path, "--overwrite", "--max-iters", 30, "--muon-learning-rate", 0.5, "--eval-interval", 3)
-    rows = [row for row in metrics(tmp_path) if "val_loss" in row and row["iter"]]
-    lowest = min(rows, key=lambda row: row["val_loss"])
-    best = read_checkpoint(tmp_path / "best.pt")
-    assert best["progress"]["iter"] == lowest["iter"] and "optimizer" not in best
-    again = evaluate(build_model(best, "best"), Validation(corpus, 32, 400, False), 2, CPU, torch.float32)
-    assert again["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
+def processes_of(script):
+    """{rank, None for torchrun itself: process id} of those whose command line names the script."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.fsencode(script) in (folder / "cmdline").read_bytes().split(b"\0"):
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                rank = next((int(word[5:]) for word in environment if word.startswith(b"RANK=")), None)
+                found[rank] = int(folder.name)
+    return found
 
 
-@pytest.mark.parametrize("share, saves", [(1e-2, 2), (1e9, 12)])
-def test_saving_at_evaluations_takes_its_share_of_the_time_and_the_end_is_always_saved(data, tmp_path, monkeypatch,
-                                                                                       share, saves):
-    real, at = train.Run.save, []
+THREE_RUNS = """
+import os, runpy, sys, time, torch
+root, folder, *ports = sys.argv[1:6]
+rank, out = int(os.environ["RANK"]), f"{folder}/two"
+sys.path.insert(0, root)
 
-    def slow_disk(run):
-        at.append(run.progress.iter)
-        time.sleep(0.3)
-        real(run)
+def run(number, *words):
+    # torchrun's own store serves one run; each of ours has a port where they meet once both have ended the last one.
+    open(f"{folder}/{number}.{rank}", "w")
+    while not os.path.exists(f"{folder}/{number}.{1 - rank}"):
+        time.sleep(0.01)
+    os.environ.update(MASTER_PORT=ports[number], TORCHELASTIC_USE_AGENT_STORE="False")
+    sys.argv = ["train.py", *words]
+    try:
+        runpy.run_path(f"{root}/train.py", run_name="__main__")
+    except SystemExit as end:
+        print(f"exit code {end.code}, process group left: {torch.distributed.is_initialized()}", flush=True)
 
-    monkeypatch.setattr(train.Run, "save", slow_disk)
-    monkeypatch.setattr(train, "SAVE_SHARE", share)
-    run_train(data, tmp_path, "--eval-interval", 1, "--sample-tokens", 0)
-    assert (len(at), at[0], at[-1]) == (saves, 1, 12)
+def broken(*args):
+    raise ZeroDivisionError("rank 1 is broken")
 
-
-def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(data, tmp_path):
-    run_train(data, tmp_path)
-    kept = metrics(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(iter=13, train_loss=9.0)) + '\n{"iter": 14, "train_lo')
-    resume(data, tmp_path, "--max-iters", "15")
-    assert metrics(tmp_path)[:len(kept)] == kept and training_lines(tmp_path)[-1]["iter"] == 15
-    assert all(row.get("train_loss") != 9.0 for row in metrics(tmp_path))
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--n-layer", "2"], "--n-layer 2 contradicts"),
-    (["--dropout", "0.3"], "--dropout 0.3 contradicts .* trained with 0.2"),
-    (["--seed", "1"], "--seed 1 contradicts .* trained with 1337"),
-    (["--preset", "demo"], "--preset demo contradicts .* trained with rtx3050"),
-])
-def test_a_resume_refuses_flags_that_contradict_the_checkpoint_with_both_values(data, tmp_path, flags, message):
-    run_train(data, tmp_path, "--max-iters", 2)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert re.search(message, resume(data, tmp_path, *flags, expect=1).output)
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+run(0, *sys.argv[6:], "--max-iters", "1000000")
+run(1, "--resume", "--out-dir", out, "--max-iters", "30")
+if rank == 1:
+    torch.optim.AdamW.step = broken
+run(2, "--resume", "--out-dir", out, "--max-iters", "1000000")
+"""
 
 
-def test_a_resume_accepts_the_same_flags_again_and_another_batch_size(data, tmp_path):
-    run_train(data, tmp_path, "--max-iters", 4)
-    run_train(data, tmp_path, "--resume", "--max-iters", 8, "--batch-size", 4)
-    assert metrics(tmp_path)[-1]["iter"] == 8
+@on_linux
+def test_two_processes_learn_what_one_learns_stop_at_a_signal_to_any_resume_and_end_together(data, tmp_path):
+    out, one, script, output = (tmp_path / name for name in ("two", "one", "runs.py", "output.txt"))
+    settings = dict(tokens_per_iter=256, dropout=0, warmup_iters=0, decay_fraction=0, log_interval=1, sample_tokens=0,
+                    eval_interval=8)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [str(server.getsockname()[1]) for server in servers]
+    script.write_text(THREE_RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, ROOT,
+               tmp_path, *ports, *arguments(data, out, **settings, max_iters=None)]
+    with open(output, "w") as file:
+        parent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: last_iteration(out) >= 10 or parent.poll() is not None, 60, "progress")
+        processes = processes_of(script)
+        assert {0, 1} <= set(processes), output.read_text()
+        os.kill(processes[1], signal.SIGTERM)
+        assert parent.wait(90) == 1, "torchrun reports the broken process"
+        wait_until(lambda: not processes_of(script), 10, "end of all processes")
+    finally:
+        for process in [*processes_of(script).values(), parent.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    printed = output.read_text()
+    assert printed.count("exit code 143, process group left: False") == 2, printed
+    assert printed.count("exit code 0, process group left: False") == 2 and "rank 1 is broken" in printed, printed
+    stopped, = map(int, re.findall(r"Stopped and saved at iteration (\d+)\. Resume with", printed))
+    assert 10 <= stopped < 30 and saved(out)["state"]["iter"] == 30, "nothing was saved after the error"
+
+    run_train(data, one, max_iters=30, **settings)
+    keys = ("iter", "tokens", "train_loss", "val_loss", "val_bpb", "full_val_loss", "lr")
+    a, b = ([{key: row[key] for key in keys if key in row} for row in metrics(folder) if row["iter"] <= 30]
+            for folder in (one, out))
+    assert a == [pytest.approx(row, rel=1e-6) for row in b] and len(a) == 35
+    resume(out, "--max-iters", 33)
+    assert last_iteration(out) == 33, "one process continues where two stopped"
 
 
-def test_a_resume_on_another_corpus_is_refused(data, tmp_path):
-    run_train(data, tmp_path / "out", "--max-iters", 2)
-    other = tmp_path / "data"
-    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
-                                                  "--sample-rate", "0.4", "--data-dir", str(other)])
-    assert result.exit_code == 0, result.output
-    assert "was trained on another corpus" in resume(other, tmp_path / "out", expect=1).output
+# -----------------------------------------------------------------------------
+# On a GPU
+
+@on_gpu
+def test_on_cuda_a_float16_run_scales_its_loss_learns_and_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    settings = dict(device="cuda", max_iters=60, compile="off")
+    output = run_train(data, tmp_path / "whole", **settings)
+    assert "float16 with a GradScaler" in output
+    rows = training_lines(tmp_path / "whole")
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert rows[-1]["loss_scale"] > 1 and rows[-1]["peak_memory_mib"] > 0
+    stop_at(monkeypatch, 31)
+    run_train(data, tmp_path / "parts", expect=130, **settings)
+    resume(tmp_path / "parts")
+    assert saved(tmp_path / "parts")["cuda_rng"] is not None and saved(tmp_path / "parts")["scaler"]["scale"] > 1
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_finished_run_and_a_missing_one_say_what_to_type(data, tmp_path):
-    assert "python train.py" in resume(data, tmp_path / "none", expect=1).output
-    run_train(data, tmp_path, "--max-iters", 2)
-    assert "--max-iters" in resume(data, tmp_path, expect=1).output
+@on_gpu
+def test_on_cuda_the_random_state_of_dropout_is_saved_and_restored(data, tmp_path, monkeypatch):
+    run_train(data, tmp_path, device="cuda", dropout=0.5, compile="off", max_iters=3)
+    run = opened(data, tmp_path, path=tmp_path / "ckpt.pt", resumed=True)
+    assert torch.equal(torch.cuda.get_rng_state(run.device), saved(tmp_path)["cuda_rng"])
+    torch.cuda.manual_seed(run.config.seed)
+    assert not torch.equal(torch.cuda.get_rng_state(run.device), saved(tmp_path)["cuda_rng"])
 
 
-def test_a_run_whose_loss_explodes_stops_keeps_the_last_good_checkpoint_and_advises(data, tmp_path, monkeypatch):
-    real, count = train.train_step, []
-
-    def explode(forward, model, *rest):
-        count.append(1)
-        if len(count) == 8:
-            with torch.no_grad():
-                model.ln_f.weight.fill_(math.nan)
-        return real(forward, model, *rest)
-
-    monkeypatch.setattr(train, "train_step", explode)
-    result = run_train(data, tmp_path, expect=1)
-    assert "no longer finite at iteration 8" in result.output and "--muon-learning-rate 0.01" in result.output
-    assert "Traceback" not in result.output
-    assert read_checkpoint(tmp_path / "ckpt.pt")["progress"]["iter"] == 5
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_cuda_what_is_compiled_learns_what_is_not(data, tmp_path, dtype):
+    pytest.importorskip("triton")
+    settings = dict(device="cuda", dtype=dtype, dropout=0, max_iters=10, log_interval=1)
+    assert "does not work" not in run_train(data, tmp_path / "compiled", compile="on", **settings)
+    run_train(data, tmp_path / "eager", compile="off", **settings)
+    one, two = ([row["train_loss"] for row in training_lines(tmp_path / name)] for name in ("compiled", "eager"))
+    assert one == pytest.approx(two, rel=2e-3)
 
 
-def failing_once(error, monkeypatch):
-    """Let the third iteration raise `error`."""
-    real, count = train.train_step, []
-
-    def step(*args):
-        count.append(1)
-        if len(count) == 3:
-            next(iter(args[2]))
-            raise error
-        return real(*args)
-
-    monkeypatch.setattr(train, "train_step", step)
+@on_gpu
+def test_on_cuda_trying_a_micro_batch_counts_its_peak_and_keeps_the_random_state(data, tmp_path):
+    run = opened(data, tmp_path, device="cuda", dropout=0.5)
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(run.device)
+    peaks = [train.try_forward_backward(run.model, size, run) for size in (16, 64)]
+    assert same(before, (torch.get_rng_state(), torch.cuda.get_rng_state(run.device)))
+    logits = 32 * 512 * 4  # bytes per sequence
+    assert peaks[1] - peaks[0] > 48 * logits and peaks[0] > torch.cuda.memory_allocated(run.device) + 16 * logits
+    assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_out_of_memory_names_the_flag_and_its_value(data, tmp_path, monkeypatch):
-    failing_once(torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
-    assert "use --batch-size 1 " in run_train(data, tmp_path, expect=1).output
-
-
-def test_with_batch_size_auto_out_of_memory_halves_it_and_learning_stays_the_same(data, tmp_path, monkeypatch):
-    run_train(data, tmp_path / "whole", "--batch-size", "auto", "--dropout", 0)
-    failing_once(torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
-    result = run_train(data, tmp_path / "halved", "--batch-size", "auto", "--dropout", 0)
-    assert "going on with micro-batches of 2 instead of 4" in result.output
-    for a, b in zip(training_lines(tmp_path / "whole"), training_lines(tmp_path / "halved"), strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-
-
-def test_where_compiling_fails_at_the_first_step_training_goes_on_without_it(data, tmp_path, monkeypatch):
-    def no_triton(*args):
-        raise RuntimeError("Cannot find a working triton installation")
-
-    monkeypatch.setattr(torch, "compile", lambda function: no_triton)
-    result = run_train(data, tmp_path / "failed", "--compile", "on")
-    assert result.output.count("going on without it") == 1 and "working triton" in result.output
-    run_train(data, tmp_path / "eager")
-    one, two = (read_checkpoint(tmp_path / name / "ckpt.pt") for name in ("failed", "eager"))
-    assert same(one["model"], two["model"])
-
-
-def test_a_run_with_recorded_passes_learns_what_a_plain_one_learns(data, tmp_path, monkeypatch, pretended_recording):
-    run_train(data, tmp_path / "plain")
-    monkeypatch.setattr(train, "can_record", lambda device, config: True)
-    run_train(data, tmp_path / "recorded")
-    assert same_run(tmp_path / "plain", tmp_path / "recorded")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"),
-                                   torch.OutOfMemoryError("CUDA out of memory")])
-def test_where_recording_fails_training_goes_on_without_it(data, tmp_path, monkeypatch, error):
-    def no_graphs(device, run, before):
-        run()
-        raise error
-
-    monkeypatch.setattr(train, "record_graph", no_graphs)
-    monkeypatch.setattr(train, "can_record", lambda device, config: True)
-    result = run_train(data, tmp_path / "failed", "--dropout", 0)
-    assert result.output.count("going on without one") == 1 and "micro-batches of 1" not in result.output
-    monkeypatch.setattr(train, "can_record", lambda device, config: False)
-    run_train(data, tmp_path / "plain", "--dropout", 0)
-    assert same_run(tmp_path / "failed", tmp_path / "plain")
-
-
-def test_passes_that_take_more_than_half_of_the_memory_are_not_recorded(data, tmp_path, monkeypatch,
-                                                                        pretended_recording):
-    monkeypatch.setattr(train, "can_record", lambda device, config: True)
-    monkeypatch.setattr(train, "card_memory", lambda device: 1999)
-    output = run_train(data, tmp_path).output
-    assert output.count("it may take more memory than there is): going on without one") == 1
-    assert metrics(tmp_path)[-1]["iter"] == 12
-
-
-def test_a_defect_of_ours_is_not_mistaken_for_a_failing_compiler(data, tmp_path, monkeypatch):
-    failing_once(RuntimeError("a bug"), monkeypatch)
-    result = CliRunner().invoke(train.main, [*SMALL, "--data-dir", str(data), "--out-dir", str(tmp_path)])
-    assert isinstance(result.exception, RuntimeError)
-
-
-def test_values_that_are_not_finite_are_logged_as_null(tmp_path):
-    log = train.Log(tmp_path / "metrics.jsonl", TrainConfig(), train.Progress())
-    log.write(train.Progress(iter=1), grad_norm=math.inf, train_loss=math.nan, lr=0.5)
-    row = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"))
-    assert row["grad_norm"] is None and row["train_loss"] is None and row["lr"] == 0.5
-
-
-def test_more_than_twenty_epochs_are_warned_of_with_the_iterations_that_make_twenty(data, tmp_path):
-    result = run_train(data, tmp_path, "--max-iters", 100000, "--plan")
-    assert "Warning: past about 20 epochs" in result.output
-    tokens = len(preprocess.open_corpus(data).train)
-    assert f"--max-iters {round(20 * tokens / 128)}" in result.output
-
-
-def test_a_plan_trains_nothing_writes_nothing_and_adds_up(data, tmp_path):
-    result = run_train(data, tmp_path / "out", "--plan")
-    assert not (tmp_path / "out").exists()
-    sizes = [int(line.split()[-2].replace(",", "")) for line in result.output.splitlines() if line.endswith("MiB")]
-    assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=4) and "4 micro-batches" not in result.output
-
-
-def test_an_nvidia_card_without_cuda_in_torch_is_noticed(data, tmp_path, monkeypatch):
-    fake = tmp_path / "bin" / "nvidia-smi"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(fake.parent))
-    if torch.cuda.is_available():
-        pytest.skip("torch has CUDA here")
-    assert "pytorch.org/get-started/locally" in run_train(data, tmp_path / "out", "--max-iters", 1).output
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda_a_float16_run_scales_its_loss_and_learns(data, tmp_path):
-    flags = [flag if flag != "cpu" else "cuda" for flag in SMALL]
-    result = CliRunner().invoke(train.main, [*flags, "--data-dir", str(data), "--out-dir", str(tmp_path),
-                                             "--max-iters", "60"])
-    assert result.exit_code == 0 and "float16 with a GradScaler" in result.output
-    rows = training_lines(tmp_path)
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["loss_scale"] > 1
-
-
-def cuda_run(data, out, *flags):
-    """SMALL on the card, without torch.compile."""
-    words = [word if word != "cpu" else "cuda" for word in SMALL]
-    result = CliRunner().invoke(train.main, [*words, "--compile", "off", "--data-dir", str(data), "--out-dir", str(out),
-                                             *map(str, flags)])
-    assert result.exit_code == 0 and "does not work here" not in result.output, result.output
-    return [row["train_loss"] for row in training_lines(out)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording passes needs a CUDA device")
-@pytest.mark.parametrize("flags", [[], ["--dropout", 0], ["--position", "rotary", "--qk-norm", "--optimizer", "adamw"],
-                                   ["--dtype", "float32"], ["--align-stories"]])
-def test_on_cuda_recorded_passes_learn_what_plain_ones_learn(data, tmp_path, monkeypatch, flags):
-    recorded = cuda_run(data, tmp_path / "recorded", *flags)
-    monkeypatch.setattr(train, "can_record", lambda device, config: False)
-    assert recorded == pytest.approx(cuda_run(data, tmp_path / "plain", *flags), rel=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording passes needs a CUDA device")
-def test_on_cuda_a_recorded_run_goes_on_with_the_same_random_numbers(data, tmp_path):
-    constant_rates = ["--dropout", 0.5, "--decay-share", 0, "--warmup-iters", 0]  # whatever max-iters is
-    whole = cuda_run(data, tmp_path / "whole", *constant_rates)
-    cuda_run(data, tmp_path / "parts", *constant_rates, "--max-iters", 6)
-    resume(data, tmp_path / "parts", "--max-iters", "12")
-    assert [row["train_loss"] for row in training_lines(tmp_path / "parts")] == pytest.approx(whole, rel=1e-4)
+@on_gpu
+def test_on_cuda_batch_size_auto_takes_what_a_limit_on_the_memory_allows(data, tmp_path):
+    def size(fraction):
+        torch.cuda.set_per_process_memory_fraction(fraction)
+        output = run_train(data, tmp_path, plan=True, device="cuda", batch_size="auto", tokens_per_iter=2**20,
+                           max_iters=1, compile="off")
+        return int(re.search(r"micro-batches of (\d+) fit", output)[1])
+    total = torch.cuda.mem_get_info()[1]
+    try:
+        small = size((torch.cuda.memory_reserved() + 2**28) / total)
+        assert 1 <= small < size(1.0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,286 +1,159 @@
-"""What the benchmarks share: a process for each measurement, our runs, other repositories' models, tables and JSON."""
+"""What the benchmarks share: processes, the figures of a run, deadlines, options, tables and JSON.
 
-import ast
-import importlib.util
+As a script it is train.py of any checkout, held to a limit of GPU memory: common.py CHECKOUT GIB FLAGS...
+"""
+
+import importlib.metadata
 import json
+import math
 import os
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
+
+import click
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-SHAPE = dict(block_size=256, n_layer=6, n_head=6, n_embd=384)
-TINY_SHAPE = dict(block_size=64, n_layer=2, n_head=2, n_embd=32)  # --tiny: shows on a CPU that the script works
+# --tiny: shows on a CPU that a script works
+TINY_BLOCK, TINY_EVAL_TOKENS = 64, 2000
+TINY = ["--block-size", str(TINY_BLOCK), "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--intermediate-size",
+        "64", "--device", "cpu"]
 
 
-# A measurement in a process of its own: clean memory, a clean compiler, and a crash that is only a row.
+# -----------------------------------------------------------------------------
+# Processes: each measurement has clean memory and a clean compiler, and a crash is only a row of the table
 
-def start(main, worker):
-    """The script's entry: the command line for a person, or `--worker JOB.json` for a process started by measure()."""
-    if sys.argv[1:2] != ["--worker"]:
-        return main()
-    path = Path(sys.argv[2])
-    result = guarded(worker, json.loads(path.read_text(encoding="utf-8")))
-    path.with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
-
-
-def guarded(worker, job):
-    """The worker's dict; {"error": "does not fit"} where memory ran out, inside a compiler or outside."""
-    import torch
-    hold(job.get("memory_gib"))
-    torch.set_float32_matmul_precision("high")
-    try:
-        result = worker(job)
-    except Exception as error:
-        if "out of memory" not in str(error).lower():
-            raise
-        result = dict(error="does not fit")
-    return result | machine()
-
-
-def measure(script, job, timeout, cache_dir):
-    """What `worker(job)` of the script returns, from a new process; {"error": ...} where it died or took too long."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, result, output = (Path(folder) / name for name in ("job.json", "result.json", "output.txt"))
-        path.write_text(json.dumps(job), encoding="utf-8")
-        # A file, not a pipe: the compiler's helper processes may hold a pipe open after the end.
-        with open(output, "w") as log:
-            code = run_process([sys.executable, script, "--worker", str(path)], log, timeout, cache_dir)
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))
-        return dict(error=f"stopped after {timeout:.0f} s" if code is None else last_line(output))
-
-
-def run_process(command, log, timeout, cache_dir=None, **options):
-    """Exit status of a command whose output goes to the open file `log`; None if it ran past `timeout` seconds."""
+def run_process(command, timeout, cache_dir=None):
+    """(what a command printed, why it failed or None)."""
     env = os.environ | (dict(TORCHINDUCTOR_CACHE_DIR=str(cache_dir)) if cache_dir else {})
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, **options)
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        process.kill()
-        process.wait()
+    # A file, not a pipe: the compiler's helper processes may keep a pipe open after the end.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=env)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {timeout:.0f} s"
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    return text, reason(status, text)
 
 
-def last_line(path):
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it died without a word"
+def reason(status, text):
+    """Why a process failed, from its exit status (or the reason itself) and its output; None if it succeeded."""
+    if not status or isinstance(status, str):
+        return status or None
+    if "out of memory" in text.lower():
+        return "does not fit"
+    lines = text.strip().splitlines() or [f"exit status {status}, no output"]
+    # torchrun's own report comes last; the reason is what train.py printed before it.
+    return next((line for line in lines if "Error: " in line), lines[-1])[:300]
 
 
-def hold(gib):
-    """Keep this process to `gib` GiB of the card, as if the card were that small."""
+def run_train(flags, out_dir, timeout, root=ROOT, memory_gib=0, processes=1, cache_dir=None, skip=3):
+    """The figures of train.py of the checkout `root` with these flags, or {"error": why it failed}."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    text, error = run_process([*torchrun, __file__, str(root), str(memory_gib), *flags, "--out-dir", str(out_dir)],
+                              timeout, cache_dir)
+    if error:
+        return dict(error=error)
+    device, auto = (re.search(pattern, text, re.MULTILINE) for pattern in
+                    (r"^Device: (.*)\.$", r"^--batch-size auto: micro-batches of (\d+) fit"))
+    return read_run(out_dir, skip) | dict(device=device and device[1], auto_batch_size=auto and int(auto[1]),
+                                          compile_failed="torch.compile does not work here" in text)
+
+
+def read_run(out_dir, skip=3):
+    """The figures in the metrics.jsonl of a finished run.
+
+    Tokens per second are the median of the log lines after the first `skip`. `seconds` are train.py's own, without
+    evaluations and saves; `start_seconds` of them is what the first line took beyond that rate, nearly all compiling.
+    """
+    rows = read_jsonl(Path(out_dir) / "metrics.jsonl")
+    lines = [row for row in rows if "train_loss" in row]
+    evaluations = [row for row in rows if "val_bpb" in row and row["iter"]]
+    first, last, best = lines[0], lines[-1], min(evaluations, key=lambda row: row["val_bpb"])
+    rate = statistics.median(line["tokens_per_second"] for line in lines[skip:] or lines[-1:])
+    return dict(iterations=last["iter"], tokens=last["tokens"], tokens_per_second=round(rate), seconds=last["seconds"],
+                start_seconds=round(max(0.0, first["seconds"] - first["tokens"] / rate), 2), skipped=last["skipped"],
+                peak_mib=max(line["peak_memory_mib"] or 0 for line in lines) or None, best_bpb=best["val_bpb"],
+                best_iter=best["iter"], final_bpb=evaluations[-1].get("full_val_bpb"),
+                curve=[[row[key] for key in ("iter", "tokens", "seconds", "val_bpb")] for row in evaluations])
+
+
+def run_peer(job, timeout, cache_dir=None):
+    """What peers.py measures of another repository's model, or {"error": why it failed}."""
+    text, error = run_process([str(Path(__file__).with_name("peers.py")), json.dumps(job)], timeout, cache_dir)
+    return dict(error=error) if error else json.loads(re.search("^RESULT (.*)$", text, re.MULTILINE)[1])
+
+
+def limit_memory(gib):
+    """Keep this process to `gib` GiB of the GPU, as if it were that small; 0: all of it."""
     import torch
     if gib and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(memory_fraction(gib))
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
-
-def memory_fraction(gib):
-    import torch
-    return min(1.0, gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-
-
-def peak_mib():
-    """Most memory that tensors held so far, in MiB; None without a card."""
-    import torch
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-
-
-def synchronize():
-    import torch
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def machine():
-    import torch
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(device=name, torch=torch.__version__)
-
-
-# Our own runs.
-
-def make_run(flags, out_dir):
-    """(Run, Log) of train.py from its command-line flags. It saves no checkpoints and says nothing."""
-    import preprocess
-    import train
-    given = train.main.make_context("train.py", [*flags, "--out-dir", str(out_dir)]).params
-    given = {name: value for name, value in given.items() if value is not None}
-    preset = given.pop("preset", "rtx3050")
-    corpus = preprocess.open_corpus(given["data_dir"])
-    model_config, config = train.fresh_settings(preset, given, corpus)
-    run = train.Run(preset, model_config, replace(config, out_dir=str(out_dir)), corpus)
-    run.save = run.save_best = lambda: None
-    log = train.Log(Path(out_dir) / "metrics.jsonl", run.config, run.progress)
-    log.say = lambda text: print(text, file=sys.stderr)
-    run.prepare_batches(log)
-    return run, log
-
-
-def iterate(run, log):
-    """An iteration as train.py makes it between two lines of its log: the outcome of the one before is taken in."""
-    import train
-    run.optimizer.set_share(train.learning_rate_share(run.progress.iter, run.config))
-    run.iteration(log)
-    run.progress.iter += 1
-    run.settle(under_way=1)
-
-
-def shape_flags(tiny):
-    """train.py's flags for the size of model that every code gets."""
-    shape = TINY_SHAPE | dict(intermediate_size=64) if tiny else SHAPE
-    return [word for name, value in shape.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-# Other repositories: their models and their settings, our data and clock.
-
-def load_peer(name, folder):
-    """model.py of a checkout, beside ours: registered as NAME_model, where the compiler looks for its globals."""
-    folder = Path(folder)
-    ours = sys.modules.get("config")
-    if (folder / "config.py").exists():
-        sys.modules["config"] = load_file(f"{name}_config", folder / "config.py")
-    try:
-        return load_file(f"{name}_model", folder / "model.py")
-    finally:
-        sys.modules.pop("config", None)
-        if ours:
-            sys.modules["config"] = ours
-
-
-def load_file(name, path):
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: give --{name.split('_')[0]} the folder of a checkout")
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def peer_settings(name, folder):
-    """A peer's own values: train.py's for nanoGPT, with its config for this size over them as nanogpt_char."""
-    folder = Path(folder)
-    if name == "smolgpt":
-        config = load_file("smolgpt_config", folder / "config.py")
-        values = asdict(config.GPTConfig()) | asdict(config.TrainingConfig())
-    else:
-        values = assigned(folder / "train.py")
-        if name == "nanogpt_char":
-            values |= assigned(folder / "config" / "train_shakespeare_char.py")
-    values["tokens_per_iter"] = values["gradient_accumulation_steps"] * values["batch_size"] * values["block_size"]
-    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "beta1", "beta2",
-             "grad_clip", "dropout", "tokens_per_iter")
-    return {key: values[key] for key in names}
-
-
-def assigned(path):
-    """The names that a script sets to plain values at its top level; nothing of it runs."""
-    values = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if not any(isinstance(part, ast.Name | ast.Call | ast.Attribute) for part in ast.walk(node.value)):
-                values[node.targets[0].id] = eval(compile(ast.Expression(node.value), str(path), "eval"))
-    return values
-
-
-class Peer:
-    """Another repository's model and optimizer in the step that nanoGPT and smolGPT share.
-
-    Autocast, loss scaling for float16, clipping, AdamW as their configure_optimizers makes it. The next batch is read
-    after each forward pass, from memory and in one gather, which is no slower than what their loaders do.
-    """
-
-    def __init__(self, name, folder, corpus, shape, settings, batch_size, dtype, compiled):
-        import numpy as np
-        import torch
-
-        import train
-        self.device = train.choose_device()
-        self.dtype, self.settings, self.block_size = dtype, settings, shape["block_size"]
-        self.batch_size = batch_size = max(1, min(batch_size, settings["tokens_per_iter"] // self.block_size))
-        self.count = max(1, round(settings["tokens_per_iter"] / (batch_size * self.block_size)))
-        self.tokens_per_iter = self.count * batch_size * self.block_size
-        self.data = np.concatenate(corpus.train.shards)
-        torch.manual_seed(1337)
-        self.model = build_peer(name, folder, shape, corpus.tokenizer.vocab_size, settings["dropout"]).to(self.device)
-        self.optimizer = self.model.configure_optimizers(
-            settings["weight_decay"], settings["learning_rate"], (settings["beta1"], settings["beta2"]),
-            self.device.type)
-        self.scaler = train.make_scaler(self.device, dtype)
-        self.forward = torch.compile(self.model) if compiled else self.model
-        self.batch = self.get_batch()
-
-    def get_batch(self):
-        """(x, y) of shape (batch_size, block_size) at random places of the training stream."""
-        import numpy as np
-        import torch
-
-        from train import to_device
-        starts = torch.randint(len(self.data) - self.block_size, (self.batch_size,)).numpy()
-        rows = self.data[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-        return tuple(to_device(part.copy(), self.device) for part in (rows[:, :-1], rows[:, 1:]))
-
-    def iteration(self):
-        import torch
-
-        from model import autocast
-        for _ in range(self.count):
-            with autocast(self.device, self.dtype):
-                _, loss = self.forward(*self.batch)
-            self.batch = self.get_batch()
-            self.scaler.scale(loss / self.count).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["grad_clip"])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def set_learning_rate(self, learning_rate):
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-
-def build_peer(name, folder, shape, vocab_size, dropout):
-    module = load_peer(name, folder)
-    values = dict(shape, vocab_size=vocab_size, dropout=dropout, bias=False)
-    if name == "smolgpt":
-        values["n_embed"] = values.pop("n_embd")
-    return module.GPT(module.GPTConfig(**values))
-
-
-# Deadlines, tables, JSON.
 
 class Clock:
-    """Seconds since the script began, and whether another measurement still fits before the deadline."""
+    """Times measurements and passes on the seconds that are left until the deadline; 0: none."""
 
     def __init__(self, deadline):
-        self.began, self.deadline, self.longest = time.monotonic(), deadline, 0.0
+        self.end = time.monotonic() + (deadline or math.inf)
 
     def left(self):
-        return self.deadline - (time.monotonic() - self.began) if self.deadline else 3600.0
+        return self.end - time.monotonic()
 
-    def timed(self, function, *arguments):
-        """The function's dict with wall_seconds added; {"error": ...} at once if it would likely pass the deadline."""
-        if self.left() < min(self.longest, 30.0):
-            return dict(error="not started: the deadline is near")
+    def timed(self, function, *arguments, limit=3600, **options):
+        """The function's dict with wall_seconds; {"error": ...} if the deadline is too near to start it."""
         started = time.monotonic()
-        result = function(*arguments)
-        took = time.monotonic() - started
-        self.longest = max(self.longest, took)
-        return result | dict(wall_seconds=round(took, 1))
+        if self.left() < 20:
+            return dict(error="not started: the deadline is near")
+        result = function(*arguments, timeout=min(limit, self.left()), **options)
+        return result | dict(wall_seconds=round(time.monotonic() - started, 1))
+
+
+# -----------------------------------------------------------------------------
+# Options, tables, JSON
+
+FOLDER = click.Path(exists=True, file_okay=False)
+data_dir_option = click.option("--data-dir", type=FOLDER, required=True, help="a prepared corpus")
+nanogpt_option = click.option("--nanogpt", type=FOLDER, help="folder of a nanoGPT checkout")
+smolgpt_option = click.option("--smolgpt", type=FOLDER, help="folder of a smolGPT checkout")
+memory_option = click.option("--memory-gib", default=6.5, show_default=True,
+                             help="GPU memory limit of each process; 0: all of it")
+deadline_option = click.option("--deadline", type=float, default=0, help="stop after this many seconds")
+json_option = click.option("--json", "json_path", type=click.Path(dir_okay=False), help="write the figures here too")
+tiny_option = click.option("--tiny", is_flag=True, help="small enough for a CPU: shows that the script works")
+flags_argument = click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+
+
+def numbers(context, parameter, text):
+    """Callback of an option: "4e6,6e6" as [4000000, 6000000]."""
+    try:
+        return [int(float(word)) for word in text.split(",") if word]
+    except ValueError:
+        raise click.BadParameter("give numbers with commas between them, such as 4e6,6e6") from None
 
 
 def print_row(cells, widths):
-    """One line of a table, at once: the first column to the left, the others to the right; None is a dash."""
+    """One line of a table: the first column to the left, the others to the right; None is a dash."""
     texts = ["-" if cell is None else str(cell) for cell in cells]
-    line = "  ".join(text.ljust(w) if at == 0 else text.rjust(w) for at, (text, w) in enumerate(zip(texts, widths)))
+    line = "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(texts, widths)))
     print(line.rstrip(), flush=True)
+
+
+def count(number):
+    """1,234 for 1234.4; None stays None."""
+    return None if number is None else f"{number:,.0f}"
 
 
 def read_jsonl(path):
@@ -288,7 +161,20 @@ def read_jsonl(path):
 
 
 def write_json(path, **contents):
-    """After every row, so that a stop loses nothing."""
+    """After every row, so that an interrupted benchmark loses nothing."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def today():
+    """What every JSON file states. The devices are in its rows: asking CUDA here would take memory from the runs."""
+    return dict(date=time.strftime("%Y-%m-%d"), torch=importlib.metadata.version("torch"))
+
+
+if __name__ == "__main__":
+    checkout, gib, *arguments = sys.argv[1:]
+    sys.path.insert(0, checkout)
+    limit_memory(float(gib))
+    import train
+    train.main(arguments, prog_name="train.py")

@@ -1,12 +1,13 @@
-"""A disk that is full at every write, and a folder that cannot be written: what was there stays, and a line says why.
+"""A full disk at every write, and a read-only one: what was there stays, one line says why, with room all ends well.
 
-    python tests/torture/full_disk.py [--steps 20]
+    python tests/torture/full_disk.py --steps 20
 
-A limit on the size of files (RLIMIT_FSIZE) cuts each file at many lengths; where a small tmpfs can be mounted, real
-full disks of many sizes and a read-only one follow.
+A limit on the size of files (RLIMIT_FSIZE) cuts them at many lengths. Where a small tmpfs can be mounted, full disks of
+many sizes and a read-only one follow.
 """
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from harness import TINY, Clock, differences, metrics, preparation, prepared, read, run, snapshot, table, write_tales
+from harness import (TINY, Program, differences, leftovers, metrics, preparation, prepared, read_checkpoint, report,
+                     run, write_tales)
 
-RUN = [*TINY, "--compile", "off", "--eval-interval", "2", "--save-minutes", "1e-9", "--max-iters"]
+from config import UserError
+
+RUN = [*TINY, "--eval-interval", 2, "--save-minutes", 1e-9, "--max-iters", 4]
 
 
 def limit_files(size):
@@ -25,164 +29,135 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-class Scene:
-    """A finished corpus and run to harm, and what they must become."""
+def attempt(script, arguments, prepare=None):
+    """(whether it succeeded, what was wrong with the way it failed or ''): it must end in one line."""
+    code, output = Program(script, arguments, prepare).wait()
+    clear = code == 0 or code == 1 and output.count("Error: ") == 1 and "Traceback" not in output
+    return code == 0, "" if clear else f" exit {code}: {output[-600:]}"
+
+
+class Corpus:
+    """A corpus that is replaced by another one."""
 
     def __init__(self, folder):
-        self.folder, self.log = folder, folder / "log"
-        self.source, self.other = write_tales(folder / "tales.txt"), write_tales(folder / "other.txt", 1000, seed=1)
-        self.must("preprocess", preparation(self.source, folder / "data"))
-        self.must("preprocess", preparation(self.other, folder / "data_after"))
-        where = ["--data-dir", folder / "data"]
-        self.must("train", [*RUN, 4, *where, "--out-dir", folder / "out"])
-        self.must("train", [*RUN, 4, *where, "--out-dir", folder / "out_after"])
-        self.must("train", ["--resume", "--max-iters", 8, *where, "--out-dir", folder / "out_after"])
+        self.before, self.after, self.source = folder / "data", folder / "data_after", folder / "other.txt"
+        run("preprocess", preparation(write_tales(folder / "tales.txt"), self.before))
+        run("preprocess", preparation(write_tales(self.source, 1000, seed=1), self.after))
 
-    def must(self, script, arguments):
-        assert run(script, arguments, self.log) == 0, read(self.log)[-800:]
+    def command(self, data):
+        return "preprocess", preparation(self.source, data, "--overwrite")
 
-    def attempt(self, script, arguments, prepare=None):
-        """(exit status, problem or ''): a failure must end in one clear line and no traceback."""
-        log = self.folder / "attempt"
-        log.unlink(missing_ok=True)
-        code = run(script, arguments, log, prepare)
-        text = read(log)
-        errors = [line for line in text.splitlines() if line.startswith("Error: ")]
-        if code == 0:
-            return code, ""
-        return code, "" if code == 1 and len(errors) == 1 and "Traceback" not in text else f"exit {code}: {text[-500:]}"
+    def harm(self, data):
+        """What a failure has done."""
+        return " the old corpus changed" if prepared(data) != prepared(self.before) else ""
 
-    def preparation(self, place, prepare=None, room=lambda: None):
-        """Replace a corpus while the disk is full, then again with room: 'ended well' or 'refused', and problems."""
-        data = shutil.copytree(self.folder / "data", place / "data")
-        before, command = prepared(data), preparation(self.other, data, "--overwrite")
-        code, problem = self.attempt("preprocess", command, prepare)
-        if code and prepared(data) != before:
-            problem += " the old corpus changed"
-        room()
-        again, trouble = self.attempt("preprocess", command)
-        # meta.json names the source, and both went to the same place, so all files must be equal.
-        if again or trouble or prepared(data) != prepared(self.folder / "data_after"):
-            problem += f" afterwards: {trouble or 'other files'}"
-        return "refused" if code else "ended well", problem
-
-    def training(self, place, prepare=None, room=lambda: None):
-        """The same for a run that is gone on with."""
-        out = shutil.copytree(self.folder / "out", place / "out")
-        before = snapshot(out)
-        command = ["--resume", "--max-iters", 8, "--data-dir", self.folder / "data", "--out-dir", out]
-        code, problem = self.attempt("train", command, prepare)
-        if code:
-            from config import UserError
-            from model import build_model, read_checkpoint
-            for name in ("ckpt.pt", "best.pt"):
-                try:
-                    build_model(read_checkpoint(out / name), name)
-                except UserError as error:
-                    problem += f" {error.message}"
-            rows = metrics_that_are_whole(out)
-            if rows[:3] != metrics(self.folder / "out")[:3]:
-                problem += " the log lost lines"
-            if (out / "config.json").read_bytes()[:1] != before["config.json"][:1]:
-                problem += " config.json is broken"
-        room()
-        again, trouble = self.attempt("train", command)
-        finished = "finished its 8 iterations" in read(self.folder / "attempt")  # the log's last line alone was lost
-        wrong = [] if again else differences(self.folder / "out_after", out)
-        if (again and not finished) or trouble or wrong:
-            problem += f" afterwards: {trouble or wrong or read(self.folder / 'attempt')[-300:]}"
-        return "refused" if code else "ended well", problem
+    def missing(self, data):
+        """How the outcome differs from that of an empty disk."""
+        return leftovers(data) + ["other files"] * (prepared(data) != prepared(self.after))
 
 
-def metrics_that_are_whole(out):
-    import json
-    rows = []
-    for line in read(out / "metrics.jsonl").split("\n"):
+class Run:
+    """A run that is resumed."""
+
+    def __init__(self, folder):
+        self.data, self.before, self.after = folder / "data", folder / "out", folder / "out_after"
+        run("train", [*RUN, "--data-dir", self.data, "--out-dir", self.before])
+        shutil.copytree(self.before, self.after)
+        run(*self.command(self.after))
+
+    def command(self, out):
+        return "train", ["--resume", "--max-iters", 8, "--data-dir", self.data, "--out-dir", out]
+
+    def harm(self, out):
         try:
-            rows.append({k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")})
-        except ValueError:
-            pass
-    return rows
+            read_checkpoint(out / "ckpt.pt"), read_checkpoint(out / "best.pt")
+        except UserError as error:
+            return f" {error.message}"
+        old = metrics(self.before)
+        return " the log lost lines" if metrics(out)[:len(old)] != old else ""
+
+    def missing(self, out):
+        return differences(self.after, out)
+
+
+def trial(task, place, prepare, make_room=None):
+    """Run the command without room and then with it: ("succeeded" or "refused", what went wrong or '').
+
+    `prepare` takes the room from the first process; `make_room`: options of mount that give it back.
+    """
+    folder = shutil.copytree(task.before, place / "folder")
+    succeeded, problem = attempt(*task.command(folder), prepare)
+    if not succeeded:
+        problem += task.harm(folder)
+    if make_room:
+        mount(place, make_room)
+    if not succeeded:
+        recovered, trouble = attempt(*task.command(folder))
+        problem += trouble if trouble or recovered else " it failed with room, too"
+    if wrong := task.missing(folder):
+        problem += f" afterwards: {', '.join(wrong)}"
+    return "succeeded" if succeeded else "refused", problem
 
 
 def torture(steps, mounts=True, scratch=None):
+    """(Counter of what happened, [what went wrong])."""
     count, failures = Counter(), []
 
     def note(what, outcome):
         happened, problem = outcome
         count[f"{what}: {happened}"] += 1
         if problem:
-            failures.append(f"{what}: {problem}")
-            print(failures[-1], file=sys.stderr)
+            failures.append(f"{what}:{problem}")
 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         folder = Path(folder)
-        scene, place = Scene(folder), folder / "place"
-        for step in range(steps):
-            for what, method, files in (("corpus, file size limit", scene.preparation, folder / "data_after"),
-                                        ("run, file size limit", scene.training, folder / "out_after")):
-                largest = max(path.stat().st_size for path in files.iterdir())
-                place.mkdir()
-                note(what, method(place, (limit_files, 16 + int(largest * 1.05 * (step / steps) ** 2))))
-                shutil.rmtree(place)
-        if mounts and can_mount(folder):
+        place, tasks = folder / "place", {"corpus": Corpus(folder), "run": Run(folder)}
+        mounts = mounts and can_mount(folder / "probe")
+        for name, task in tasks.items():
+            sizes = [path.stat().st_size for path in task.after.iterdir()]
             for step in range(steps):
-                for what, method, files in (("corpus, full tmpfs", scene.preparation, folder / "data"),
-                                            ("run, full tmpfs", scene.training, folder / "out")):
-                    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in files.rglob("*"))
-                    size = used + 8192 + int(5 * used * (step / steps) ** 2)
-                    with Disk(place, size) as disk:
-                        note(what, method(place, room=disk.grow))
-            for what, method in (("corpus, read-only disk", scene.preparation),
-                                 ("run, read-only disk", scene.training)):
-                with Disk(place, 2**26) as disk:
-                    note(what, method(place, (disk.read_only,), disk.grow))
-        else:
-            count["tmpfs cannot be mounted here"] += 1
+                part = (step / steps) ** 2
+                place.mkdir()
+                note(f"{name}, limited files", trial(task, place, (limit_files, 16 + int(1.05 * part * max(sizes)))))
+                shutil.rmtree(place)
+                if mounts:
+                    used = sum(-(-size // 4096) * 4096 for size in sizes)
+                    with tmpfs(place, used + 8192 + int(5 * part * used)):
+                        note(f"{name}, full tmpfs", trial(task, place, None, "remount,size=64m"))
+            if mounts:
+                with tmpfs(place, 2**26):
+                    note(f"{name}, read-only", trial(task, place, (mount, place, "remount,ro"), "remount,rw"))
     return count, failures
 
 
-class Disk:
-    """A small tmpfs."""
-
-    def __init__(self, place, size):
-        self.place, self.size = place, size
-
-    def mount(self, options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.place)]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def __enter__(self):
-        self.place.mkdir()
-        self.mount(f"size={self.size}")
-        return self
-
-    def grow(self):
-        self.mount("remount,rw,size=64m")
-
-    def read_only(self):
-        self.mount("remount,ro")
-
-    def __exit__(self, *_):
-        subprocess.run(["umount", "-l", str(self.place)], check=True, capture_output=True)
-        self.place.rmdir()
+def mount(place, options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True, capture_output=True)
 
 
-def can_mount(folder):
+@contextlib.contextmanager
+def tmpfs(place, size):
+    place.mkdir()
     try:
-        with Disk(folder / "probe", 65536):
+        mount(place, f"size={size}")
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)
+        shutil.rmtree(place)
+
+
+def can_mount(place):
+    try:
+        with tmpfs(place, 65536):
             return True
     except (OSError, subprocess.CalledProcessError):
-        shutil.rmtree(folder / "probe", ignore_errors=True)
+        print("A tmpfs cannot be mounted here: only files are limited.", file=sys.stderr)
         return False
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="different amounts of room")
-    clock = Clock()
-    count, failures = torture(parser.parse_args().steps)
-    sys.exit(table({**count, "seconds": round(clock()), "!harmed, unclear or not repaired": len(failures)}))
+    sys.exit(report(*torture(parser.parse_args().steps)))
 
 
 if __name__ == "__main__":

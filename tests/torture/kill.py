@@ -1,11 +1,11 @@
-"""Kill prepare-dataset and train.py at random moments, saves included, repeat the command, and compare every file.
+"""Kill prepare-dataset and train.py at random moments, repeat the command, and compare every file.
 
-    python tests/torture/kill.py --times 200
+    python tests/torture/kill.py --times 200 --others 60
 
-Half of the rounds prepare a corpus, half train. A round kills the process once to six times (half of the kills as
-soon as a temporary file appears, which is inside a write), and gives the same command again after each, training with
---resume once there is a checkpoint. In the end everything must equal an undisturbed run, bit for bit. Further rounds
-press Ctrl-C, terminate, or stop the process and let it continue.
+Half of the rounds prepare a corpus, half train. A round kills the process up to six times, half of the times when the
+next temporary file appears, which is inside a write. After each kill it gives the same command again, training with
+--resume once there is a ckpt.pt. At the end everything must equal an undisturbed run, bit for bit. Further rounds press
+Ctrl-C, terminate, or stop the process and let it continue.
 """
 
 import argparse
@@ -20,139 +20,120 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from harness import TINY, Clock, differences, leftovers, prepared, preparation, read, run, start, table, write_tales
+from harness import TINY, Program, differences, leftovers, prepared, preparation, report, run, write_tales
 
 # A save after every iteration; an evaluation, with best.pt, after every third.
-RUN = [*TINY, "--max-iters", "12", "--eval-interval", "3", "--save-minutes", "1e-9", "--compile", "off"]
-GENTLE = {signal.SIGINT: 130, signal.SIGTERM: 143}
+RUN = [*TINY, "--max-iters", "12", "--eval-interval", "3", "--save-minutes", "1e-9"]
 
 
 class Preparing:
-    """One preparation that is disturbed."""
+    """A preparation to disturb."""
 
     name = "preparation"
 
     def __init__(self, reference, folder, kind):
-        self.reference, self.folder, self.kind = reference, folder / "data", kind
+        self.source, self.reference, self.folder = reference / f"tales{kind}", reference / f"data{kind}", folder
 
     def command(self):
-        return "preprocess", preparation(self.reference / f"tales{self.kind}", self.folder)
-
-    def writes(self):
-        return [*self.folder.rglob("*.tmp")] if self.folder.exists() else []
+        return "preprocess", preparation(self.source, self.folder)
 
     def wrong(self):
-        one, two = prepared(self.reference / f"data{self.kind}"), prepared(self.folder)
+        one, two = prepared(self.reference), prepared(self.folder)
         return [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)] + leftovers(self.folder)
 
 
 class Training:
-    """One training that is disturbed."""
+    """A training to disturb."""
 
     name = "training"
 
     def __init__(self, reference, folder, kind):
-        self.reference, self.folder, self.data = reference, folder / "out", reference / "data.txt"
+        self.data, self.reference, self.folder = reference / f"data{kind}", reference / f"out{kind}", folder
 
     def command(self):
-        where = ["--data-dir", self.data, "--out-dir", self.folder]
+        folders = ["--data-dir", self.data, "--out-dir", self.folder]
         if (self.folder / "ckpt.pt").exists():
-            return "train", ["--resume", *where]
-        return "train", [*RUN, *where, *["--overwrite"] * (self.folder / "best.pt").exists()]
-
-    def writes(self):
-        return [*self.folder.glob("*.tmp")] if self.folder.exists() else []
+            return "train", ["--resume", *folders]
+        # Killed between the two files of its first evaluation, a run has a best.pt alone.
+        return "train", [*RUN, *folders, *["--overwrite"] * (self.folder / "best.pt").exists()]
 
     def wrong(self):
-        return differences(self.reference / "out", self.folder)
+        return differences(self.reference, self.folder)
 
 
-def undisturbed(folder):
-    """Make what all rounds are compared with; seconds that a preparation and a training take."""
+def undisturbed(reference, kinds):
+    """Make what all rounds are compared with; {name of the task: its seconds}."""
     seconds = {}
-    for kind in (".txt", ".jsonl"):
-        clock = Clock()
-        log = folder / "log"
-        command = preparation(write_tales(folder / f"tales{kind}"), folder / f"data{kind}")
-        assert run("preprocess", command, log) == 0, read(log)
-        seconds["preparation"] = clock()
-    clock = Clock()
-    assert run("train", [*RUN, "--data-dir", folder / "data.txt", "--out-dir", folder / "out"], log) == 0, read(log)
-    seconds["training"] = clock()
+    run("plot_loss", ["--help"])  # the first process of all waits for the imports
+    for kind in kinds:
+        write_tales(reference / f"tales{kind}")
+        for task in (Preparing, Training):
+            started = time.monotonic()
+            run(*task(reference, reference / f"{'data' if task is Preparing else 'out'}{kind}", kind).command())
+            seconds[task.name] = time.monotonic() - started
     return seconds
 
 
-def disturb(process, how, task, seconds, rng):
-    """Send the signal at a random moment, or inside a write; True where a write was under way."""
-    deadline, inside = time.monotonic() + rng.uniform(0, seconds), rng.random() < 1 / 2
-    while time.monotonic() < deadline and process.is_alive() and not (inside and task.writes()):
-        time.sleep(0 if inside else 0.001)
+def disturb(process, how, folder, seconds, rng):
+    """Send a signal within `seconds`, or inside the next write; whether one was under way, None if it came too late."""
+    def writing():
+        return any(folder.rglob("*.tmp"))
+    moment, inside = time.monotonic() + rng.uniform(0, seconds), rng.random() < 1 / 2
+    while process.is_alive() and time.monotonic() < moment:
+        time.sleep(0.001)
+    while process.is_alive() and inside and not writing():
+        pass
     if not process.is_alive():
         return None
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.kill(process.pid, signal.SIGSTOP)  # so that what is seen now is what the signal finds
-        hit = bool(task.writes())
+        hit = writing()
         if how == signal.SIGSTOP:
             time.sleep(rng.uniform(0, 0.3))
         else:
             os.kill(process.pid, how)
-    except ProcessLookupError:  # it ended a moment before
-        return None
-    with contextlib.suppress(ProcessLookupError):  # dead of SIGKILL
         os.kill(process.pid, signal.SIGCONT)
-    return hit
+        return hit
 
 
-def round_of(task, how, most, seconds, count, rng, log):
-    """Run one task to its end through 1 to 6 disturbances, `most` at most. `count` is a Counter of what happened."""
-    for left in range(min(most, rng.randint(1, 6)), -1, -1):
-        process = start(*task.command(), log)
+def play_round(task, how, times, seconds, rng, count):
+    """Run a task to its end through up to `times` signals; what went wrong, or ''."""
+    for left in range(times, -1, -1):
+        program = Program(*task.command())
         if left:
-            hit = disturb(process, how, task, seconds * 1.1, rng)
-            count["disturbed"] += hit is not None
+            hit = disturb(program.process, how, task.folder, seconds, rng)
+            count["sent"] += hit is not None
             count["inside a write"] += bool(hit)
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            return "hang"
-        if process.exitcode == 0:
-            break
-        if left and process.exitcode in (-how, GENTLE.get(how), 1 if how == signal.SIGINT else None):
-            continue
-        return f"exit {process.exitcode}: {read(log)[-600:]}"
-    if process.exitcode:
-        return f"exit {process.exitcode}: {read(log)[-600:]}"
-    if "Traceback" in read(log):
-        return f"traceback: {read(log)[-600:]}"
-    return ", ".join(task.wrong())
+        code, output = program.wait()
+        if "Traceback" in output:
+            return output[-600:]
+        if code == 0 or code == 1 and "has finished its 12 iterations" in output:  # killed after the last save
+            return ", ".join(task.wrong())
+        # Click ends with 1 where Ctrl-C comes while it reads the command line.
+        if not left or code not in (-how, 128 + how, 1 if how == signal.SIGINT else -how):
+            return f"exit {code}: {output[-600:]}"
 
 
-def torture(times, others, seed=0, scratch=None, verbose=False):
+def torture(times, others, seed=0, scratch=None, kinds=(".txt", ".jsonl")):
     """(Counter of what happened, [what went wrong])."""
     rng, count, failures = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         reference = Path(folder)
-        seconds = undisturbed(reference)
-        wanted = {signal.SIGKILL: times} | dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGSTOP), others // 3)
-        number = 0
-        while left := {how: n for how, n in wanted.items() if n > 0}:
-            how, number = next(iter(left)), number + 1
-            place = reference / "round"
-            place.mkdir()
-            task = (Preparing, Training)[number % 2](reference, place, rng.choice([".txt", ".jsonl"]))
-            happened = Counter()
-            wrong = round_of(task, how, wanted[how], seconds[task.name], happened, rng, place / "log")
-            wanted[how] -= happened["disturbed"]
-            name = signal.Signals(how).name
-            count[f"{name}, {task.name}"] += happened["disturbed"]
-            count[f"{name}, of these inside a write"] += happened["inside a write"]
-            count["rounds"] += 1
-            if verbose:
-                print(f"\r{dict(count)}", end="", file=sys.stderr)
-            if wrong:
-                failures.append(f"round {number}, {signal.Signals(how).name}, {task.name}: {wrong}")
-                print(failures[-1], file=sys.stderr)
-            shutil.rmtree(place)
+        seconds = undisturbed(reference, kinds)
+        for how, number in ((signal.SIGKILL, times), (signal.SIGINT, others // 3), (signal.SIGTERM, others // 3),
+                            (signal.SIGSTOP, others // 3)):
+            for task_class, left in ((Preparing, number - number // 2), (Training, number // 2)):
+                name = f"{how.name}, {task_class.name}"
+                while left:
+                    task, happened = task_class(reference, reference / "round", rng.choice(kinds)), Counter()
+                    most = rng.randint(1, min(6, left))
+                    wrong = play_round(task, how, most, 1.1 * seconds[task.name], rng, happened)
+                    left -= happened["sent"]
+                    count[name] += happened["sent"]
+                    count[f"{name}, inside a write"] += happened["inside a write"]
+                    if wrong:
+                        failures.append(f"{name}: {wrong}")
+                    shutil.rmtree(task.folder, ignore_errors=True)
     return count, failures
 
 
@@ -160,14 +141,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=200, help="how often to send SIGKILL")
     parser.add_argument("--others", type=int, default=60,
-                        help="how often to send Ctrl-C, SIGTERM, SIGSTOP with SIGCONT")
+                        help="how often to press Ctrl-C, send SIGTERM, or send SIGSTOP and SIGCONT")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    clock = Clock()
-    count, failures = torture(options.times, options.others, options.seed, verbose=True)
-    print(file=sys.stderr)
-    sys.exit(table({**count, "seconds": round(clock()), "!rounds that ended otherwise than an undisturbed run":
-                    len(failures)}))
+    sys.exit(report(*torture(options.times, options.others, options.seed)))
 
 
 if __name__ == "__main__":
