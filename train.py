@@ -94,7 +94,7 @@ class MuonAdamW(torch.optim.AdamW):
                 grads = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (N, rows, cols)
                 state = self.state[params[0]]
                 if not state:  # AdamW expects a step when it loads a state
-                    state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(grads)
+                    state["step"], state["momentum"] = grads.new_zeros(()), torch.zeros_like(grads)
                 # bfloat16 has the range of float32, which the iteration needs; float16 has not.
                 ampere = grads.is_cuda and torch.cuda.get_device_capability(grads.device)[0] >= 8
                 update = self.update(grads, state["momentum"], group["momentum"], apply,
