@@ -195,7 +195,8 @@ def test_an_earlier_checkout_takes_turns_with_ours_and_medians_of_all_rounds_cou
         runs.append((root, given["data_dir"], given["optimizer"], given["compile"], memory_gib))
         if len(runs) == 3:
             return dict(error="does not fit")
-        return dict(tokens_per_second=(2 if root == str(ROOT) else 1) * 100 * len(runs) ** 2, peak_mib=9, start_seconds=1)
+        rate = (2 if root == str(ROOT) else 1) * 100 * len(runs) ** 2
+        return dict(tokens_per_second=rate, peak_mib=9, start_seconds=1)
 
     monkeypatch.setattr(common, "run_train", run_train)
     corpus = tmp_path / "corpus"
@@ -255,7 +256,7 @@ def test_several_processes_are_compared_with_one_of_the_same_flags(data, tmp_pat
         assert model.GPT(GPTConfig(**only_fields(GPTConfig, one))).count_parameters() > 100e6
 
 
-def test_generation_is_timed_at_full_length(tmp_path, monkeypatch):
+def test_generation_is_timed_at_full_length(tmp_path):
     invoke(decode_speed, "--tiny", "--device", "cpu", "--batch", 1, "--batch", 3, "--json", tmp_path / "decode.json")
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [(row["batch"], row["prompt_tokens"], row["penalty"]) for row in rows] == [
@@ -433,7 +434,6 @@ def test_stories_end_at_the_end_or_at_the_limit(net):
 
 
 def test_real_stories_are_grammatical_and_a_model_of_another_corpus_is_refused(data, tmp_path):
-    from data import Corpus
     corpus = Corpus(data)
     assert all(story.ids == corpus.tokenizer.encode(story.text) for story in quality.real_stories(corpus, 3, 8, 300))
     torch.manual_seed(1)

@@ -222,8 +222,7 @@ def main(checkpoint, data_dir, count, limit, prompt_tokens, chosen, batch_size, 
     if tiny:
         count, limit, chosen = 4, 20, ("greedy", "defaults")
     if prompt_tokens >= limit:
-        raise UserError(f"--prompt-tokens {prompt_tokens} leaves nothing to generate: pass less than --max-new-tokens "
-                        f"({limit}).")
+        raise UserError(f"--prompt-tokens {prompt_tokens} is too many: pass less than --max-new-tokens ({limit}).")
     loaded, corpus = LoadedModel(checkpoint, device, dtype), Corpus(data_dir)
     tokenizer = corpus.tokenizer
     if tokenizer.sha256 != loaded.tokenizer.sha256:

@@ -144,9 +144,15 @@ def read_checkpoint(path):
 
 
 def differences(a, b):
-    """The files in which two finished runs differ: both checkpoints with all training state, and the log."""
-    wrong = [name for name in ("ckpt.pt", "best.pt") if not same(read_checkpoint(a / name), read_checkpoint(b / name))]
-    return wrong + ["metrics.jsonl"] * (metrics(a) != metrics(b)) + leftovers(b)
+    """What is wrong with run `b`, which should equal `a`: its checkpoints with all training state, and its log."""
+    from config import UserError
+    wrong = leftovers(b) + ["metrics.jsonl"] * (metrics(a) != metrics(b))
+    for name in ("ckpt.pt", "best.pt"):
+        try:
+            wrong += [name] * (not same(read_checkpoint(a / name), read_checkpoint(b / name)))
+        except UserError as error:
+            wrong.append(error.message)
+    return wrong
 
 
 def leftovers(folder):

@@ -44,7 +44,7 @@ def log(out):
 
 
 def second_training(out):
-    code, output = invoke("train", "--resume", "--out-dir", out)
+    code, output = invoke("train", "--resume", "--max-iters", 1, "--out-dir", out)
     assert code == 1 and "is in use by another process" in output, output
 
 
