@@ -121,9 +121,9 @@ class Settings:
             try:
                 converted = f.metadata["type"].convert(value, None, None)
             except (click.BadParameter, TypeError) as error:
-                raise UserError(f"{f.name}: {getattr(error, 'message', error)}") from None
+                raise UserError(f"{flag(f.name)}: {getattr(error, 'message', error)}") from None
             if isinstance(converted, float) and not math.isfinite(converted):
-                raise UserError(f"{f.name}: {value} is not a finite number.")
+                raise UserError(f"{flag(f.name)}: {value} is not a finite number.")
             object.__setattr__(self, f.name, converted)
 
     @classmethod
@@ -140,7 +140,9 @@ class IntOrAuto(click.ParamType):
     name = "N|auto"
 
     def convert(self, value, param, ctx):
-        return value if value == "auto" else IntRange(1).convert(value, param, ctx)
+        if value == "auto" or str(value).isdecimal():
+            return value if value == "auto" else IntRange(1).convert(value, param, ctx)
+        self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ class Command(click.Command):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+        # By now lines are broken, and Chinese or Japanese consoles lack this space.
+        formatter.buffer = [text.replace("\u00a0", " ") for text in formatter.buffer]
 
 
 class SettingOption(click.Option):

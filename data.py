@@ -130,7 +130,7 @@ class TokenStream:
         """(starts, numbers of targets) of windows over the stories before position `end`, each from its first token."""
         starts = self.story_starts[self.story_starts < end]
         targets = np.diff(starts, append=end) - 1  # the tokens after bos
-        windows_per_story = np.maximum(1, -(-targets // block_size))
+        windows_per_story = -(-targets // block_size)  # none where `end` leaves only bos: the mean loss would be nan
         index = np.arange(windows_per_story.sum())  # of each window within its story
         index -= np.repeat(np.cumsum(windows_per_story) - windows_per_story, windows_per_story)
         return (np.repeat(starts, windows_per_story) + index * block_size,

@@ -158,14 +158,14 @@ def test_a_value_that_is_not_allowed_is_refused_in_one_line_naming_the_setting(c
     with pytest.raises(UserError) as caught:
         cls(**values)
     (name,) = values
-    assert caught.value.message.startswith(f"{name}: ") and "\n" not in caught.value.message
+    assert caught.value.message.startswith(f"{config.flag(name)}: ") and "\n" not in caught.value.message
 
 
 @every_class
 def test_no_number_may_be_nan_or_infinite(cls):
     for f in fields(cls):
         for value in (NAN, INF) if isinstance(f.default, float) else ():
-            with pytest.raises(UserError, match=f.name):
+            with pytest.raises(UserError, match=config.flag(f.name)):
                 cls(**{f.name: value})
 
 
@@ -227,7 +227,7 @@ def test_settings_that_earlier_versions_saved_under_other_names_are_restored():
 
 @pytest.mark.parametrize("values, says", [
     (None, ""), ([], ""), ("text", ""), ({"n_layers": 2}, "n_layers"), ({"n_layer": 2, 7: 0}, ""),
-    ({"n_layer": "two"}, "n_layer"), ({"n_layer": None}, "n_layer"), ({"bias": None}, ""), ({"n_embd": 10}, "n_head")])
+    ({"n_layer": "two"}, "n-layer"), ({"n_layer": None}, "n-layer"), ({"bias": None}, ""), ({"n_embd": 10}, "n_head")])
 def test_settings_that_are_not_ours_are_refused_in_one_line_naming_the_file(values, says):
     with pytest.raises(UserError) as caught:
         GPTConfig.from_dict(values, "out/ckpt.pt")
@@ -441,6 +441,14 @@ def test_a_console_that_lacks_a_character_shows_a_question_mark(monkeypatch):
     assert stream.buffer.getvalue() == b"a ? story\n"
 
 
+def test_help_can_be_shown_in_every_encoding(monkeypatch):
+    for encoding in ("cp437", "gbk", "cp932", "iso8859-5", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        assert main_with(monkeypatch, stream, "--help") == 0
+        stream.flush()
+        assert b"[default: 0.6]" in stream.buffer.getvalue(), encoding
+
+
 # -----------------------------------------------------------------------------
 # Words
 
@@ -461,5 +469,5 @@ def test_a_short_message_is_one_line_even_of_an_error_without_text():
 
 def test_a_setting_may_be_replaced_in_a_copy_and_is_checked_again():
     assert replace(TrainConfig(), max_iters=5).max_iters == 5
-    with pytest.raises(UserError, match="max_iters"):
+    with pytest.raises(UserError, match="--max-iters"):
         replace(TrainConfig(), max_iters=0)

@@ -442,6 +442,7 @@ def test_validation_is_cut_inside_a_story_at_exactly_the_tokens_asked_for(tokens
     expected = [pair for pair in itertools.pairwise(text) if not align_stories or pair[1] != BOS]
     for batch_size in (1, 3, 100):
         assert predicted(validation, batch_size) == expected
+    assert all((y != IGNORE_INDEX).any() for _, y in validation.batches(1, CPU)), "the mean loss of none is nan"
     assert validation.num_targets == len(expected) and validation.text_bytes == sum(text) and validation.floor is None
 
 
