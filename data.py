@@ -177,9 +177,10 @@ class Corpus:
 
 
 def read_json(path):
-    """The value in a JSON file, None if there is none that can be read."""
+    """The object in a JSON file, None if there is none that can be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 

@@ -585,6 +585,8 @@ def prepare(config, threads, overwrite):
                             "--data-dir to keep both.")
         try:
             Corpus(data_dir)
+            if not changes(read_json(data_dir / "partial" / "arguments.json") or {}, arguments):
+                shutil.rmtree(data_dir / "partial")  # left by a kill at the very end
             click.echo(f"{data_dir} is up to date.")
             return report(data_dir, meta)
         except UserError as error:

@@ -679,8 +679,9 @@ def main(preset, resume, init_from, overwrite, plan, **given):
                         f"`{command_line('train.py', out_dir)}`, or pass the --out-dir of another.")
     with folder_lock(out_dir) if RANK == 0 and not plan else contextlib.nullcontext():
         if not (resume or overwrite or plan) and (ckpt.exists() or (out_dir / "best.pt").exists()):
-            raise UserError(f"{out_dir} already contains a run: --resume continues it, --overwrite replaces it, and "
-                            "another --out-dir keeps both.")
+            advice = "--resume continues it, " if ckpt.exists() else ""
+            raise UserError(f"{out_dir} already contains a run: {advice}--overwrite replaces it, and another --out-dir "
+                            "keeps both.")
         run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
         if run.state.iter >= run.config.max_iters:
             raise UserError(f"the run in {out_dir} has finished its {run.state.iter} iterations: talk to it with "

@@ -948,7 +948,7 @@ def with_weight(name, change):
 @pytest.mark.parametrize("damage, says", [
     (without("model"), "not a SmolerGPT checkpoint"), (without("model_config"), "not a SmolerGPT checkpoint"),
     (without("tokenizer"), "not a SmolerGPT checkpoint"), (with_setting(n_layers=3), "n_layers"),
-    (with_setting(n_layer="three"), "n_layer"), (with_setting(n_head=3), "n_embd is 16"),
+    (with_setting(n_layer="three"), "n-layer"), (with_setting(n_head=3), "n_embd is 16"),
     (with_setting(n_layer=2), "is damaged"), (with_setting(vocab_size=300), "is damaged"),
     (with_setting(position="learned"), "is damaged"),
     (with_weight("wte.weight", lambda w: w[:-1].clone()), "is damaged"),
