@@ -10,6 +10,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries are imported: no traceback
 
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -75,6 +76,9 @@ def read_csv(path, text_field):
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
+            if None in row:  # csv's name for the cells beyond those of the header
+                raise UserError(f"{path} has more cells in line {reader.line_num} than in its header: put texts that "
+                                "contain commas in double quotes, then rerun.")
             yield from pieces(path, row, text_field)
 
 
@@ -154,9 +158,11 @@ def list_files(folder):
     """All files below `folder` except hidden ones, sorted; linked folders are followed, each folder once."""
     visited, found = set(), []
     for directory, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")
-                         and os.path.realpath(os.path.join(directory, name)) not in visited]
-        visited.update(os.path.realpath(os.path.join(directory, name)) for name in subfolders)
+        if (real := os.path.realpath(directory)) in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [Path(directory, name) for name in names
                   if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")]
     return sorted(found)
@@ -175,7 +181,10 @@ def local_files(path):
         raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or with a "
                         "folder of one of these.")
     files, = by_format.values()
-    return group_by_split(files), [file for file in found if file.suffix.lower() not in READERS]
+    splits, unread = group_by_split(files), [file for file in found if file.suffix.lower() not in READERS]
+    if "validation" in splits:
+        unread += splits.pop("test", [])
+    return splits, unread
 
 
 def group_by_split(files):
@@ -246,7 +255,7 @@ def hub_rows(config, folder, commit):
         raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({short_message(error)}): rerun "
                         "to resume, or choose a configuration with --dataset owner/name:configuration.") from error
     field, columns = config.text_field, next(iter(splits.values())).features
-    if field not in columns or "string" not in str(columns[field].dtype):
+    if field not in columns or "string" not in str(getattr(columns[field], "dtype", None)):  # a list has no dtype
         raise UserError(f"{config.dataset} has no text column {field!r}, but {', '.join(columns)}: choose one with "
                         "--text-field.")
     return {split: rows.select_columns([field]).rename_columns({field: "text"}) for split, rows in splits.items()}, {}
@@ -351,10 +360,11 @@ def train_val_split(splits, name):
             train, val = cut_story(train, int(val_stories[0]), max(1, int(limit)))
         else:
             val = train.select(np.isin(np.arange(len(train)), val_stories))
-    if not keep.any() or not len(val):
+    train = train.select(keep)
+    if not train.story_bytes().any() or not len(val):
         raise UserError(f"{name} contains too little text for training and validation: pass --dataset with more text, "
                         "or with sample.")
-    return train.select(keep), val, left_out
+    return train, val, left_out
 
 
 def held_out_stories(story_bytes, hashes, has_text):
@@ -389,10 +399,12 @@ def cut_story(stories, number, limit):
     k = next(k for k, size in enumerate(itertools.accumulate(map(len, texts))) if cut < size)
     at, row = cut - sum(map(len, texts[:k])), int(stories.index[first + k])
     chars = len(texts[k][:at].decode())
-    head = replace(stories, index=np.delete(stories.index, np.s_[first + k + 1:end]),
+    head_bytes, tail_bytes = stories.row_bytes.copy(), stories.row_bytes.copy()
+    head_bytes[row], tail_bytes[row] = at, len(texts[k]) - at
+    head = replace(stories, row_bytes=head_bytes, index=np.delete(stories.index, np.s_[first + k + 1:end]),
                    starts=np.delete(stories.starts, np.s_[first + k + 1:end]), trimmed={row: slice(0, chars)})
-    tail = replace(stories, index=stories.index[first + k:end], starts=np.arange(end - first - k) == 0,
-                   trimmed={row: slice(chars, None)})
+    tail = replace(stories, row_bytes=tail_bytes, index=stories.index[first + k:end],
+                   starts=np.arange(end - first - k) == 0, trimmed={row: slice(chars, None)})
     return head, tail
 
 
@@ -547,7 +559,8 @@ def open_partial(config, arguments, overwrite):
                         "or pass --overwrite to start over, or another --data-dir.")
     commit = existing.get("commit")
     if changed:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)  # must succeed: a shard left here would count as finished
         is_local = config.dataset == "sample" or Path(config.dataset).exists()
         commit = None if is_local else latest_commit(config.dataset.partition(":")[0])
         write_json(folder / "arguments.json", arguments | dict(commit=commit))
@@ -575,7 +588,7 @@ def prepare(config, threads, overwrite):
     if is_sample and path.exists():
         click.echo("--dataset sample is the built-in corpus; for the folder of that name type ./sample")
     hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", config.dataset)
-    if not (is_sample or path.exists() or hub_name):
+    if not (is_sample or path.exists() or hub_name and path.suffix.lower() not in READERS):
         raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hugging Face Hub, "
                         "or sample.")
     arguments, meta = arguments_of(config, given), read_json(data_dir / "meta.json")
@@ -589,8 +602,8 @@ def prepare(config, threads, overwrite):
                 shutil.rmtree(data_dir / "partial")  # left by a kill at the very end
             click.echo(f"{data_dir} is up to date.")
             return report(data_dir, meta)
-        except UserError as error:
-            click.echo(f"{error.message.partition(':')[0]}: preparing it again.")
+        except UserError:
+            click.echo(f"The corpus in {data_dir} is damaged: preparing it again.")
 
     folder, commit = open_partial(config, arguments, overwrite)
     splits, facts = (sample_rows() if is_sample else local_rows(config, folder) if path.exists()
@@ -620,6 +633,8 @@ def prepare(config, threads, overwrite):
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
                 val=[describe_shard(folder / "val_000.bin", tokenizer)],
                 train=[describe_shard(folder / name, tokenizer) for name in parts])
+    splits = train = val = parts = stories = None
+    gc.collect()  # Windows cannot move or delete a file that is still memory-mapped
     publish(folder, data_dir, meta)
     report(data_dir, meta)
 

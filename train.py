@@ -213,7 +213,7 @@ def find_batch_size(run):
         return max(size for size in sizes if size <= 32)
     free, total = torch.cuda.mem_get_info(run.device)
     limit = total * torch.cuda.get_per_process_memory_fraction(run.device)
-    moments = 8 * run.model.count_parameters()  # of the optimizer, which come with its first step
+    moments = 0 if run.optimizer.state else 8 * run.model.count_parameters()  # allocated by the first step
     room = 0.9 * min(free + torch.cuda.memory_reserved(run.device), limit) - moments
     fixed, best, peak = torch.cuda.memory_allocated(run.device), sizes[0], 0
     for size in sizes:
@@ -226,6 +226,10 @@ def find_batch_size(run):
         if peak > room:
             break
         best = size
+    if WORLD_SIZE > 1:  # all processes use the size that fits the smallest GPU
+        smallest = torch.tensor(best, device=run.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        best = smallest.item()
     return best
 
 
@@ -374,7 +378,8 @@ class Run:
             if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(cannot_resume(self.out_dir / "ckpt.pt", short_message(error))) from error
+            reason = short_message(error)
+            raise UserError(cannot_resume(self.out_dir / "ckpt.pt", reason, self.config.data_dir)) from error
 
     def save(self, name, resumable=True):
         """Write ckpt.pt, from which --resume continues as if it had never stopped, or best.pt, for chat.py."""
@@ -440,9 +445,9 @@ def nonfinite_message(run, problem):
             "and with --overwrite or another --out-dir.")
 
 
-def cannot_resume(path, reason):
-    return (f"cannot resume from {path}: {reason}. Its weights can start a new run: "
-            f"python train.py --init-from {quoted(path)} --out-dir another-folder")
+def cannot_resume(path, reason, data_dir):
+    return (f"cannot resume from {path}: {reason}. Its weights can start a new run: python train.py --init-from "
+            f"{quoted(path)} --data-dir {quoted(data_dir)} --out-dir another-folder")
 
 
 # -----------------------------------------------------------------------------
@@ -473,7 +478,7 @@ def train(run, batch_size, stop, plan=False):
 
     while True:
         # Evaluate and save
-        is_last = state.iter == config.max_iters
+        is_last = state.iter == config.max_iters and not plan
         eval_now = state.iter == 0 or state.iter > first_iter and (state.iter % config.eval_interval == 0 or is_last)
         save_now = state.iter > first_iter and (eval_now or stop_signal
                                                 or time.monotonic() - saved_at > 60 * config.save_minutes)
@@ -489,7 +494,7 @@ def train(run, batch_size, stop, plan=False):
             started = time.perf_counter()
         if is_last or stop_signal:
             log.bar.close()
-            return stop_signal
+            return 0 if is_last else stop_signal
 
         # One iteration: the gradients of all micro-batches, then one update
         multiplier, iter_loss = lr_multiplier(state.iter, config), torch.zeros((), device=device)
@@ -533,9 +538,9 @@ def train(run, batch_size, stop, plan=False):
             state.loss_sum, state.loss_count = 0.0, 0
             if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
                 log.bar.close()
-                hours = format_seconds(config.max_iters * config.tokens_per_iter / rate)
-                print0(f"Measured: {format_count(rate)} tokens/s, so {config.max_iters:,} iterations take {hours} plus "
-                       "evaluations. Nothing was saved.")
+                duration = format_seconds(config.max_iters * config.tokens_per_iter / rate)
+                print0(f"Measured: {format_count(rate)} tokens/s, so {config.max_iters:,} iterations take {duration} "
+                       "plus evaluations. Nothing was saved.")
                 return 0
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
@@ -590,8 +595,8 @@ def settings_for_init_from(checkpoint, shape, preset, given, corpus, path):
 def settings_for_resume(checkpoint, shape, preset, given, corpus, path):
     """(preset, GPTConfig, TrainConfig) of the checkpoint, with the flags that may change."""
     if missing := {"preset", "train_config", "optimizer", "scaler", "state", "rng", "corpus"} - checkpoint.keys():
-        raise UserError(cannot_resume(path, f"it lacks {', '.join(sorted(missing))} (saved for chatting only, or by an "
-                                      "earlier version)"))
+        reason = f"it lacks {', '.join(sorted(missing))} (saved for chatting only, or by an earlier version)"
+        raise UserError(cannot_resume(path, reason, given["data_dir"]))
     config, before = TrainConfig.from_dict(checkpoint["train_config"], path), dict(preset=checkpoint["preset"])
     fixed = {name: value for name, value in given.items() if name not in RESUME_MAY_CHANGE}
     refuse_changes(fixed | (dict(preset=preset) if preset else {}), before | asdict(shape) | asdict(config), path,
@@ -646,9 +651,10 @@ def truncate_after(it, path):
 def out_of_memory_message(run, batch_size):
     smaller = [size for size in batch_sizes(run.config, run.model.config.block_size) if size < batch_size]
     advice = f"--batch-size {smaller[-1]}" if smaller else "--activation-checkpointing"
-    script = "train.py --resume" if run.state.iter and (run.out_dir / "ckpt.pt").exists() else "train.py"
+    can_resume = run.state.iter and (run.out_dir / "ckpt.pt").exists()
+    command = f": {command_line(f'train.py --resume {advice}', run.out_dir)}" if can_resume else " and rerun it."
     return (f"out of memory with micro-batches of {batch_size} x {run.model.config.block_size} tokens. Add {advice} to "
-            f"the command (learning stays the same): {command_line(f'{script} {advice}', run.out_dir)}")
+            f"the command, which leaves the learning as it is{command}")
 
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
@@ -682,7 +688,11 @@ def main(preset, resume, init_from, overwrite, plan, **given):
             advice = "--resume continues it, " if ckpt.exists() else ""
             raise UserError(f"{out_dir} already contains a run: {advice}--overwrite replaces it, and another --out-dir "
                             "keeps both.")
-        run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
+        try:
+            run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
+        except torch.OutOfMemoryError:
+            raise UserError("the model does not fit into the free memory of the device: close other programs that use "
+                            "it and rerun, or choose another --device.") from None
         if run.state.iter >= run.config.max_iters:
             raise UserError(f"the run in {out_dir} has finished its {run.state.iter} iterations: talk to it with "
                             f"`{command_line('chat.py', out_dir)}`, or continue with a larger --max-iters.")
@@ -740,7 +750,7 @@ def init_distributed(device_name):
     """Meet the other processes, if torchrun started several; returns the name of this one's device."""
     if WORLD_SIZE == 1:
         return device_name
-    cuda = choose_device(device_name).type == "cuda"
+    cuda = device_name != "cpu" and torch.cuda.is_available()
     device_name = f"cuda:{LOCAL_RANK}" if cuda else "cpu"
     choose_device(device_name)
     dist.init_process_group("nccl" if cuda else "gloo")

@@ -1,4 +1,4 @@
-"""The grammar of the built-in corpus read backwards: the choices behind a story, its surprisal, and the mean of that."""
+"""The grammar of the built-in corpus read backwards: the choices behind a story, its surprisal, the mean of that."""
 
 import itertools
 import math
