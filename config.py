@@ -26,7 +26,7 @@ IGNORE_INDEX = -1  # target of a position where nothing is predicted
 
 
 class UserError(click.ClickException):
-    """Something in the user's files, machine or flags. The message names it and ends with what to type next."""
+    """A problem with the user's files, machine or flags. The message names it and ends with what to type next."""
 
 
 def short_message(error):
@@ -209,7 +209,7 @@ class TrainConfig(Settings):
     log_interval: int = setting(10, "iterations between log lines", IntRange(1), group="Reports and checkpoints")
     eval_interval: int = setting(250, "iterations between evaluations", IntRange(1))
     eval_tokens: int = setting(65536, "tokens per evaluation; 0: the whole validation set", IntRange(0))
-    final_eval_tokens: int = setting(0, "tokens of the one more evaluation after the last iteration; 0: the whole "
+    final_eval_tokens: int = setting(0, "tokens of an extra evaluation after the last iteration; 0: the whole "
                                      "validation set", IntRange(0))
     sample_tokens: int = setting(200, "maximum length of the story printed at each evaluation; 0: none", IntRange(0))
     save_minutes: float = setting(10.0, "minutes between saves, besides those at evaluations",

@@ -209,7 +209,9 @@ def to_device(rows, device):
 class TrainLoader:
     """Training windows of block_size + 1 tokens. Window number i depends on the seed and on i alone.
 
-    Each epoch starts at a random offset and wraps around, so every token is a target once per epoch.
+    Each epoch starts at a random offset and wraps around; fewer than block_size tokens are left out of it. With
+    align_stories a window starts at a story, or where the window before it in a long story ended, and may run into the
+    next story.
     """
 
     def __init__(self, stream, block_size, seed, align_stories):

@@ -187,8 +187,8 @@ class GPT(nn.Module):
         """Continue the prompts idx (B, S) in evaluation mode: yield a (B,) tensor of ids, on the CPU, for each step.
 
         A row ends at eos_id, which is not yielded: from then on it yields -1. The generator ends with the last row.
-        When the window of block_size tokens is full, its last half is read again as the beginning of a new one, so the
-        model always sees between block_size / 2 and block_size tokens.
+        When the window of block_size tokens is full, its last half is read again as the start of a new one, so at least
+        block_size / 2 tokens of context remain.
         """
         step, self.decode_step = self.decode_step, None  # taken out: two generations must not share a cache
         if step is None or step.key != DecodeStep.make_key(self, len(idx)):
@@ -372,7 +372,8 @@ def keep_top_p(logits, p):
     probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
     before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))  # the sum that the more likely tokens already reach
     p = max(p, 1e-30)  # in float32 smaller values are 0, which would leave no token
-    return logits.masked_fill((before >= p).scatter(1, order, before >= p), -math.inf)
+    remove = before >= p
+    return logits.masked_fill(remove.scatter(1, order, remove), -math.inf)  # back in the order of the vocabulary
 
 
 def keep_min_p(logits, min_p):

@@ -472,8 +472,9 @@ def train(run, batch_size, stop, plan=False):
         torch.cuda.reset_peak_memory_stats(device)
     # These stay on the device and are read at log lines, evaluations and saves: no host sync in between.
     loss_sum, skipped = torch.tensor(state.loss_sum, device=device), torch.tensor(float(state.skipped), device=device)
-    bad_streak = torch.zeros((), device=device)  # with a GradScaler, of consecutive iterations; without one, of all
-    max_streak = MAX_CONSECUTIVE_SKIPS if scaler.is_enabled() else 0
+    # Iterations that were not finite: with a GradScaler, which causes some itself, those in a row; without one, all of
+    # them, and one is too many.
+    bad_iters, max_bad_iters = torch.zeros((), device=device), MAX_CONSECUTIVE_SKIPS if scaler.is_enabled() else 0
     first_iter, saved_at, stop_signal = state.iter, time.monotonic(), 0
 
     while True:
@@ -484,7 +485,7 @@ def train(run, batch_size, stop, plan=False):
                                                 or time.monotonic() - saved_at > 60 * config.save_minutes)
         if (eval_now or save_now) and not plan:
             state.loss_sum, state.skipped = loss_sum.item(), int(skipped)
-            check_progress(run, state.loss_sum, bad_streak, max_streak)
+            check_progress(run, state.loss_sum, bad_iters, max_bad_iters)
             state.seconds += time.perf_counter() - started
             if eval_now:
                 run.evaluate(log, batch_size)
@@ -520,7 +521,7 @@ def train(run, batch_size, stop, plan=False):
         optimizer.zero_grad(set_to_none=True)
         loss_sum += iter_loss
         skipped += found_inf
-        bad_streak = (bad_streak + 1) * found_inf if scaler.is_enabled() else bad_streak + found_inf
+        bad_iters = (bad_iters + 1) * found_inf if scaler.is_enabled() else bad_iters + found_inf
         state.iter += 1
         state.loss_count += 1
         stop.can_save = not plan
@@ -529,7 +530,7 @@ def train(run, batch_size, stop, plan=False):
         log_now = state.iter % config.log_interval == 0 or state.iter == config.max_iters
         if log_now:
             mean_loss, state.skipped = loss_sum.item() / state.loss_count, int(skipped)
-            check_progress(run, mean_loss, bad_streak, max_streak)
+            check_progress(run, mean_loss, bad_iters, max_bad_iters)
             now = time.perf_counter()
             state.seconds, started = state.seconds + now - started, now
             rate = log.training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(),
@@ -550,9 +551,9 @@ def train(run, batch_size, stop, plan=False):
             stop_signal = request.item()
 
 
-def check_progress(run, loss, bad_streak, max_streak):
+def check_progress(run, loss, bad_iters, max_bad_iters):
     """UserError where the loss, or too many gradients, were not finite. Such iterations have changed nothing."""
-    if not math.isfinite(loss) or bad_streak > max_streak:
+    if not math.isfinite(loss) or bad_iters > max_bad_iters:
         raise UserError(nonfinite_message(run, f"the loss or its gradient is not finite at iteration {run.state.iter}"))
 
 
@@ -726,16 +727,17 @@ def open_run(preset, path, resume, given, plan):
     saved_dir = checkpoint.get("train_config", {}).get("data_dir") if resume else None
     data_dir = given.setdefault("data_dir", saved_dir or TrainConfig.data_dir)
     corpus = Corpus(data_dir)
-    if path:
-        settings = settings_for_resume if resume else settings_for_init_from
-        preset, shape, config = settings(checkpoint, model.config, preset, given, corpus, path)
+    if resume:
+        preset, shape, config = settings_for_resume(checkpoint, model.config, preset, given, corpus, path)
+    elif path:
+        preset, shape, config = settings_for_init_from(checkpoint, model.config, preset, given, corpus, path)
     else:
         preset, shape, config = settings_for_new_run(preset, given, corpus)
     config = replace(config, device=init_distributed(config.device),
                      log_interval=PLAN_ITERS if plan else config.log_interval)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
-    model = GPT(shape)
+    model = GPT(shape)  # not the loaded one: --init-from may change dropout
     if path:
         model.load_state_dict(checkpoint["model"])
     run = Run(preset, model, config, corpus)
@@ -747,7 +749,7 @@ def open_run(preset, path, resume, given, plan):
 
 
 def init_distributed(device_name):
-    """Meet the other processes, if torchrun started several; returns the name of this one's device."""
+    """Join the process group of torchrun, if there is one; returns the name of this process's device."""
     if WORLD_SIZE == 1:
         return device_name
     cuda = device_name != "cpu" and torch.cuda.is_available()
