@@ -435,6 +435,8 @@ def load_checkpoint(path):
                 raise ValueError("a checksum does not match")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError("its contents are of another program")
         config = GPTConfig.from_dict(checkpoint["model_config"], path)
         with torch.device("meta"):
             model = GPT(config)
