@@ -67,17 +67,6 @@ def import_optional(module):
         raise UserError(f"cannot import {package} ({short_message(error)}): pip install {package}") from error
 
 
-@contextlib.contextmanager
-def atomic_output(output):
-    """A path in a temporary folder; the file or folder that the block writes there replaces `output` if it succeeds."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
-        yield Path(temporary, "new")
-        if output.is_dir():  # os.replace does not replace a folder with files in it
-            replace_file(output, Path(temporary, "old"))
-        replace_file(Path(temporary, "new"), output)
-
-
 # -----------------------------------------------------------------------------
 # Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer load
 
@@ -88,11 +77,11 @@ HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "speci
 def tokenizer_json(processor):
     """SentencePiece's BPE for the library tokenizers: no space is added in front, but bos is (add_special_tokens)."""
     pieces = {processor.id_to_piece(i): i for i in range(len(processor))}
+    unk, bos, eos = list(pieces)[:3]
     scores = {piece: processor.get_score(i) for piece, i in pieces.items() if i > 2 and not processor.is_byte(i)}
     # SentencePiece joins any two pieces that make up a third, best third first.
     merges = [(piece[:i], piece[i:]) for piece in sorted(scores, key=scores.get, reverse=True)
               for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
-    unk, bos, eos = list(pieces)[:3]
     single = [dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0))]
     return dict(
         version="1.0", truncation=None, padding=None,
@@ -111,11 +100,12 @@ def tokenizer_json(processor):
 def hf_json(config, processor):
     """The JSON files by name. Versions 4 and 5 of transformers read different keys for rotary base and dtype."""
     kind = architecture(config)
-    ids = dict(unk=0, bos=1, eos=2, pad=0)  # padding with </s> would hide the end of every story from fine-tuning
-    special = {f"{name}_token": processor.id_to_piece(i) for name, i in ids.items()}
+    unk, bos, eos = (processor.id_to_piece(i) for i in range(3))
+    # Padding with </s> would hide the end of every story from fine-tuning.
+    special = dict(unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
     return {
         "config.json": dict(
-            architectures=["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"], model_type=kind,
+            architectures=[f"{kind.capitalize()}ForCausalLM"], model_type=kind,
             vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_head,
             head_dim=config.n_embd // config.n_head, max_position_embeddings=config.block_size, hidden_act="silu",
@@ -138,12 +128,17 @@ def hf_json(config, processor):
 
 def write_hf(output, model, tokenizer):
     files, save = hf_json(model.config, tokenizer.processor), import_optional("safetensors.torch").save
-    with atomic_output(output) as folder:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
+        folder = Path(temporary, "new")
         folder.mkdir()
         for name, values in files.items():
             (folder / name).write_text(json.dumps(values, indent=1))
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         (folder / "model.safetensors").write_bytes(save(dict(renamed_weights(model, 0)), dict(format="pt")))
+        if output.exists():  # os.replace does not replace a folder with files in it
+            replace_file(output, Path(temporary, "old"))
+        replace_file(folder, output)
     path = output.as_posix().replace("'", r"\'")
     return ("Try it (pip install transformers):\n  python -c \"from transformers import pipeline; "
             f"print(pipeline('text-generation', '{path}')('Once upon a time')[0]['generated_text'])\"")
@@ -151,12 +146,6 @@ def write_hf(output, model, tokenizer):
 
 # -----------------------------------------------------------------------------
 # llama.cpp: one GGUF file
-
-def permute_rope(rows, n_head):
-    """Move each rotary pair, rows i and i + D/2 of a head in rows (C, ...), to 2i and 2i + 1, llama.cpp's layout."""
-    heads = rows.view(n_head, 2, -1, *rows.shape[1:])  # (H, 2, D/2, ...)
-    return heads.transpose(1, 2).reshape(rows.shape)
-
 
 def write_gguf(output, model, tokenizer):
     gguf, kind = import_optional("gguf"), architecture(model.config)
@@ -176,13 +165,15 @@ def write_gguf(output, model, tokenizer):
         sampling_temp=SAMPLING.temperature, sampling_top_k=SAMPLING.top_k, sampling_top_p=SAMPLING.top_p,
         sampling_min_p=SAMPLING.min_p, sampling_penalty_last_n=SAMPLING.repetition_window,
         sampling_penalty_repeat=SAMPLING.repetition_penalty)
-    with atomic_output(output) as path, contextlib.closing(gguf.GGUFWriter(path, kind)) as writer:
+    # The library opens the temporary file again, by its name.
+    with atomic_write(output) as file, contextlib.closing(gguf.GGUFWriter(file.name, kind)) as writer:
         for name, value in metadata.items():
             if hasattr(writer, f"add_{name}"):  # sampling_* are new in gguf, and only convenient
                 getattr(writer, f"add_{name}")(value)
         for name, tensor in renamed_weights(model, 1):
-            if kind == "llama" and re.search(r"attn_[qk]\.", name):  # in Qwen3, llama.cpp pairs rows as we do
-                tensor = permute_rope(tensor, config.n_head)
+            # A rotary pair is rows i and i + D/2 of a head for us and llama.cpp's qwen3, 2i and 2i + 1 for its llama.
+            if kind == "llama" and re.search(r"attn_[qk]\.", name):
+                tensor = tensor.unflatten(0, (config.n_head, 2, -1)).transpose(1, 2).flatten(0, 2)  # (C, ...)
             writer.add_tensor(name, tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -212,15 +203,16 @@ WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt, "tokenizer": writ
 
 def check_output(output, format, checkpoint_path, overwrite):
     """UserError unless `output` may be written. --overwrite replaces an export, never a folder with other files."""
-    is_folder = output.is_dir()
-    contents = {path.name for path in output.iterdir()} if is_folder else set()
+    other_files = {path.name for path in output.iterdir()} - HF_FILES if output.is_dir() else set()
     if output.resolve() == checkpoint_path.resolve():
         problem = "is the checkpoint itself:"
-    elif output.exists() and is_folder != (format == "hf"):
-        problem = f"is a {'folder' if is_folder else 'file'}, and {format} is a {'file' if is_folder else 'folder'}:"
-    elif contents - HF_FILES:
-        problem = f"contains {min(contents - HF_FILES)}, which no export writes:"
-    elif (contents or output.is_file()) and not overwrite:
+    elif format == "hf" and output.is_file():
+        problem = "is a file, and hf is a folder:"
+    elif format != "hf" and output.is_dir():
+        problem = f"is a folder, and {format} is a file:"
+    elif other_files:
+        problem = f"contains {min(other_files)}, which no export writes:"
+    elif output.exists() and not overwrite:
         problem = "exists: add --overwrite to replace it, or"
     else:
         return
@@ -247,8 +239,8 @@ def main(format, output, checkpoint_path, out_dir, overwrite):
     model, checkpoint = load_checkpoint(checkpoint_path)
     tokenizer = Tokenizer(checkpoint["tokenizer"], f"the tokenizer in {checkpoint_path}")
     next_step = WRITERS[format](output, model, tokenizer)
-    parameters = f"{model.count_parameters() / 1e6:.1f} M parameters"
-    click.echo(f"Wrote {output} from {checkpoint_path} ({parameters}).\n{next_step}")
+    millions = model.count_parameters() / 1e6
+    click.echo(f"Wrote {output} from {checkpoint_path} ({millions:.1f} M parameters).\n{next_step}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -103,7 +104,11 @@ def converse(monkeypatch, folder, lines, keep_context=False, stops=(), **setting
     monkeypatch.setattr(chat, "more_pasted", lambda: False)
     sampling = SampleConfig(**dict(max_new_tokens=12, seed=1) | settings)
     loaded = chat.LoadedModel(folder / "best.pt", "cpu", "auto")
-    return chat.chat_loop(chat.Session(loaded, sampling, stops, keep_context))
+    try:
+        chat.chat_loop(chat.Session(loaded, sampling, stops, keep_context))
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def command(folder, *arguments):
@@ -288,8 +293,15 @@ def test_no_token_is_generated_after_the_stop_strings(monkeypatch, reciter, flag
 
 
 def cut(pieces, stops):
-    reply = chat.Reply(stop="end of story")
-    return "".join(chat.cut_at_stop(pieces, stops, reply)), reply.stop
+    """(what is printed piece by piece, why it ended) of a reply whose tokens stand for `pieces`."""
+    tokenizer = SimpleNamespace(token_bytes=[piece.encode() for piece in pieces])
+    reply, printed = chat.Reply(tokenizer, SampleConfig(), stops), []
+    for token in [*range(len(pieces)), -1]:
+        if not reply.stop:
+            reply.add(token)
+        printed.append(reply.next_piece())
+    assert "".join(printed) == reply.text
+    return reply.text, reply.stop
 
 
 def test_text_that_only_begins_like_a_stop_string_is_printed():
@@ -305,6 +317,13 @@ def test_however_the_text_is_cut_the_stop_string_is_found(size):
     text = "aaabaaabaaac and more"
     pieces = [text[i:i + size] for i in range(0, len(text), size)]
     assert cut(pieces, ["aaac"]) == ("aaabaaab", "stop string")
+    assert cut(pieces, ["aaac", "never this one", "b"]) == ("aaa", "stop string")
+
+
+def test_backslash_n_in_a_stop_string_is_a_newline_on_the_command_line_as_in_the_conversation(reciter):
+    folder = reciter("a", " Tim had\n\na dog")
+    for stop in (r"\n\na", "\n\na"):
+        assert run(folder, "--prompt", "a", "--stop", stop).stdout == " Tim had\n"
 
 
 # A conversation.
@@ -349,40 +368,45 @@ def test_three_quotes_begin_and_end_a_text_of_several_lines(monkeypatch, reciter
     assert capsys.readouterr().out == " Lily\n"
 
 
-def settings_shown(monkeypatch, folder, lines, **options):
+def test_words_that_exit_are_a_text_between_three_quotes(monkeypatch, reciter, capsys):
+    converse(monkeypatch, reciter("quit", " it"), ['"""quit"""'])
+    assert capsys.readouterr().out == " it\n"
+
+
+def settings_shown(monkeypatch, folder, lines, capsys, **options):
     """What the lines of a session leave in /show: {name: value}."""
-    shown = []
-    monkeypatch.setattr(chat, "table", lambda rows: shown.append(dict(row[0].split(" = ") for row in rows)) or "")
     converse(monkeypatch, folder, [*lines, "/show"], **options)
-    return shown[-1]
+    out, err = capsys.readouterr()
+    assert out == ""
+    return dict(re.findall("^(.+?) = (.+)$", err.rpartition(" The story so far takes")[2], re.MULTILINE))
 
 
-def test_set_takes_the_values_of_the_flag(monkeypatch, babbler):
+def test_set_takes_the_values_of_the_flag(monkeypatch, babbler, capsys):
     lines = ["/set temperature 0", "/set top-k=5", "/set --top_p 0.5", "/set min-p = 0.25", "/set seed none",
              "/set max_new_tokens 3"]
-    shown = settings_shown(monkeypatch, babbler, lines)
+    shown = settings_shown(monkeypatch, babbler, lines, capsys)
     assert shown == shown | {"temperature": "0.0", "top-k": "5", "top-p": "0.5", "min-p": "0.25", "seed": "none",
                              "max-new-tokens": "3"}
 
 
 @pytest.mark.parametrize("line", [
     "/set temperature -1", "/set temperature nan", "/set temperature warm", "/set top_k 2.5", "/set colour 3",
-    "/set top_p 0", "/set min_p 2", "/set temperature none", "/set keep-context maybe", "/set", "/set ="])
+    "/set top_p 0", "/set min_p 2", "/set temperature none", "/set keep-context maybe",
+    "/set keep-context none", "/set", "/set ="])
 def test_set_refuses_what_the_flag_refuses(monkeypatch, babbler, capsys, line):
-    before = settings_shown(monkeypatch, babbler, [])
-    assert settings_shown(monkeypatch, babbler, [line]) == before
-    assert capsys.readouterr().out == ""
+    before = settings_shown(monkeypatch, babbler, [], capsys)
+    assert settings_shown(monkeypatch, babbler, [line], capsys) == before
 
 
-def test_whatever_show_lists_can_be_set_as_shown(monkeypatch, babbler):
+def test_whatever_show_lists_can_be_set_as_shown(monkeypatch, babbler, capsys):
     stops, context = ("The end", "a", "\n\n"), dict(stops=(), keep_context=False)
-    shown = settings_shown(monkeypatch, babbler, [], stops=stops, keep_context=True, temperature=1.5, seed=3)
+    shown = settings_shown(monkeypatch, babbler, [], capsys, stops=stops, keep_context=True, temperature=1.5, seed=3)
     assert set(shown) == {"stop", "keep-context", *(name.replace("_", "-") for name in SampleConfig.__annotations__)}
     assert shown["stop"] == r'"The end" "a" "\n\n"'
     lines = [f"/set {name} {value}" for name, value in shown.items()]
-    assert settings_shown(monkeypatch, babbler, lines, **context) == shown
-    assert settings_shown(monkeypatch, babbler, [*lines, "/set stop none", "/set keep-context off"]) == shown | {
-        "stop": "none", "keep-context": "off"}
+    assert settings_shown(monkeypatch, babbler, lines, capsys, **context) == shown
+    lines += ["/set stop none", "/set keep-context off"]
+    assert settings_shown(monkeypatch, babbler, lines, capsys) == shown | {"stop": "none", "keep-context": "off"}
 
 
 def test_settings_set_in_the_conversation_count(monkeypatch, reciter, capsys):
@@ -398,10 +422,10 @@ def test_set_without_a_value_shows_that_value(monkeypatch, babbler, capsys):
 
 
 def test_show_tells_how_much_of_the_window_the_story_takes(monkeypatch, babbler, capsys):
-    converse(monkeypatch, babbler, ["Once", "/show"], keep_context=True)
+    converse(monkeypatch, babbler, ["Once", "/show", "/reset", "/show"], keep_context=True)
     err = capsys.readouterr().err
     context = re.search(r"context (\d+) of 96", err)[1]
-    assert f"{context} of 96 tokens" in err
+    assert re.findall(r"(\d+) of 96 tokens", err) == [context, "0"]
     assert "0.07 M parameters" in err.split("\n[")[1]
 
 
@@ -477,9 +501,10 @@ def press_after(count):
     return print_text
 
 
-def test_ctrl_c_stops_the_reply_and_the_story_keeps_what_was_written(monkeypatch, babbler, capsys):
+@pytest.mark.parametrize("stops", [(), ("never this",)])
+def test_ctrl_c_stops_the_reply_and_the_story_keeps_what_was_written(monkeypatch, babbler, capsys, stops):
     monkeypatch.setattr(chat, "print_text", press_after(5))
-    seen = prompts_seen(monkeypatch, babbler, ["Once", ""], keep_context=True, max_new_tokens=50)
+    seen = prompts_seen(monkeypatch, babbler, ["Once", ""], keep_context=True, stops=stops, max_new_tokens=50)
     out, err = capsys.readouterr()
     stopped, whole = out.split("\n")[:2]
     assert "5 tokens, " in err

@@ -183,6 +183,7 @@ def test_generation_defaults_are_those_of_chat_and_fit_the_context(transformers,
 def test_hf_files_have_what_old_and_new_transformers_read(hf):
     for name in KINDS:
         values = json.loads((hf[name] / "config.json").read_text(encoding="utf-8"))
+        assert values["architectures"] == ["Qwen3ForCausalLM" if name == "qwen3" else "LlamaForCausalLM"]
         assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 10000.0
         assert values["dtype"] == values["torch_dtype"] == "float32"
         assert values["rms_norm_eps"] == NORM_EPS and values["head_dim"] == 16 and values["tie_word_embeddings"]

@@ -93,16 +93,17 @@ def is_png(path):
 # -----------------------------------------------------------------------------
 # Reading
 
-def test_a_resumed_run_counts_each_iteration_once_with_its_last_line(tmp_path):
-    run = plot_loss.Run(write_run(tmp_path / "run", [
+def test_a_resumed_run_counts_each_iteration_once_with_its_last_line(tmp_path, figure_of):
+    figure = figure_of(write_run(tmp_path / "run", [
         train_line(10, 5.0), train_line(20, 4.0), val_line(20, 4.5), train_line(30, 9.0), val_line(30, 9.5),
         train_line(30, 3.0), val_line(30, 3.5), val_line(25, 3.8), train_line(40, 2.0)]))
-    assert [(line["iter"], line["train_loss"]) for line in run.train] == [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.0)]
-    assert [(line["iter"], line["val_loss"]) for line in run.val] == [(20, 4.5), (25, 3.8), (30, 3.5)]
+    training, validation = line_named(figure, "training"), line_named(figure, "validation")
+    assert training.get_xydata().tolist() == [[10, 5.0], [20, 4.0], [30, 3.0], [40, 2.0]]
+    assert validation.get_xydata().tolist() == [[20, 4.5], [25, 3.8], [30, 3.5]]
 
 
 @pytest.mark.parametrize("damage", ["garbage", "{", json.dumps(train_line(20, 4.0))[:40], "[1, 2]", '{"train_loss": 3}',
-                                    "\0\0\0", '{"iter": 20, "train_loss": "low"}'])
+                                    "\0\0\0", json.dumps(train_line(20, "low")), '{"iter": 20, "train_loss": 3}'])
 def test_a_damaged_or_half_written_line_is_skipped_with_a_note(tmp_path, damage):
     for number, lines, end in ((2, [train_line(10, 5.0), damage, train_line(30, 4.0)], "\n"),
                                (3, [train_line(10, 5.0), train_line(30, 4.0), damage], "")):
