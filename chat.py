@@ -27,7 +27,7 @@ import click
 import torch
 
 from config import CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields, setting_options
-from data import Tokenizer
+from data import CONTROL_CHARACTERS, Tokenizer
 from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
 
 WELCOME = """\
@@ -44,8 +44,6 @@ TEXT             the model continues it; Enter alone: a new story, or more of th
 /reset           forget the story so far
 /quit            exit; so do quit, exit and Ctrl-D (on Windows Ctrl-Z and Enter)
 Ctrl-C           stop the model; what it wrote is kept"""
-# A barely trained model may write bytes that control a terminal; newline and tab are harmless.
-CONTROL = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 # -----------------------------------------------------------------------------
@@ -53,7 +51,7 @@ CONTROL = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 16
 
 def print_text(text):
     """Print a piece of the model's text at once."""
-    click.echo(text.translate(CONTROL) if sys.stdout.isatty() else text, nl=False)
+    click.echo(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text, nl=False)
 
 
 def print_note(text):

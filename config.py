@@ -104,9 +104,10 @@ def setting(default, help, type, *, group=None, metavar=None):
     return field(default=default, metadata=dict(help=help, type=type, group=group, metavar=metavar))
 
 
-# Settings as checkpoints and command lines of earlier versions spell them.
-RENAMED = {"min_lr_share": "min_lr_ratio", "decay_share": "decay_fraction",
-           "checkpoint_activations": "activation_checkpointing"}
+# Settings as earlier versions spell them, in checkpoints too, and as users of nanoGPT and smolGPT type them.
+OTHER_NAMES = {"min_lr_share": "min_lr_ratio", "decay_share": "decay_fraction", "min_lr": "min_lr_ratio",
+               "checkpoint_activations": "activation_checkpointing", "lr": "learning_rate", "n_embed": "n_embd",
+               "gradient_accumulation_steps": "tokens_per_iter"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Settings:
     def from_dict(cls, values, path):
         """The settings in a dict that was read from the file `path`. UserError if they are not of this version."""
         try:
-            return cls(**{RENAMED.get(name, name): value for name, value in values.items()})
+            return cls(**{OTHER_NAMES.get(name, name): value for name, value in values.items()})
         except (AttributeError, TypeError, UserError) as error:
             raise UserError(f"{path}: its settings are damaged or of another version ({short_message(error)}): use "
                             "another file, or train again with `python train.py`.") from error
@@ -283,9 +284,8 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            for old, new in RENAMED.items():
-                if error.option_name == flag(old):
-                    raise click.UsageError(f"{flag(old)} is now {flag(new)}.", ctx) from None
+            if new := OTHER_NAMES.get(error.option_name[2:].replace("-", "_")):
+                raise click.UsageError(f"there is no {error.option_name}: use {flag(new)}.", ctx) from None
             raise
 
     def invoke(self, ctx):
@@ -310,9 +310,14 @@ class Command(click.Command):
                 sections.setdefault(getattr(parameter, "group", "This command"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
-                formatter.write_dl(records)
-        # By now lines are broken, and Chinese or Japanese consoles lack this space.
-        formatter.buffer = [text.replace("\u00a0", " ") for text in formatter.buffer]
+                formatter.write_dl([(name, re.sub(r"\S*-\S*|\[default: \S*", unbreakable, help))
+                                    for name, help in records])
+        formatter.buffer = [text.translate({0xa0: " ", 0x2011: "-"}) for text in formatter.buffer]
+
+
+def unbreakable(match):
+    """The text with a space and a hyphen at which click breaks no line."""
+    return match[0].replace(" ", "\u00a0").replace("-", "\u2011")
 
 
 class SettingOption(click.Option):
@@ -322,7 +327,7 @@ class SettingOption(click.Option):
         name, kind = flag(field.name), field.metadata["type"]
         metavar = field.metadata["metavar"] or {IntRange: "N", FloatRange: "X"}.get(type(kind))
         value = "no" if field.default is False else field.default
-        default = "" if value is None else f"  [default:\u00a0{value}]"  # a space where no line of --help is broken
+        default = "" if value is None else f"  [default: {value}]"
         super().__init__([f"{name}/--no-{name[2:]}" if kind is BOOL else name], type=kind, default=None,
                          metavar=metavar, help=field.metadata["help"] + default)
         self.group = group

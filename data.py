@@ -15,6 +15,8 @@ import torch
 from config import IGNORE_INDEX, CorpusConfig, UserError, flag, quoted
 
 MAX_CHARS = 1 << 14  # longest text that SentencePiece gets at once: at most 65,536 bytes
+# A barely trained model may write bytes that control a terminal; newline and tab are harmless.
+CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 # -----------------------------------------------------------------------------

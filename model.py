@@ -33,7 +33,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), NORM_EPS)
+        return rms_norm(x, self.weight)
+
+
+def rms_norm(x, weight):
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), NORM_EPS)
 
 
 def precompute_rope(block_size, head_size):
@@ -138,7 +142,7 @@ class GPT(nn.Module):
             if name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(weight)
             elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.01 if name.startswith("w") else 0.02)
+                nn.init.normal_(weight, std=0.01 if name in ("wte.weight", "wpe.weight") else 0.02)
         self.init_rope()
 
     def init_rope(self):
@@ -241,6 +245,12 @@ class DecodeStep:
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.positions = torch.arange(model.config.block_size, device=weight.device)
+        # Looked up once: on a CPU the attributes of modules take a tenth of a step.
+        self.layers = [(block.attn, block.ln_1.weight.data, matrix(block.attn.c_attn, batch_size),
+                        matrix(block.attn.c_proj, batch_size), block.ln_2.weight.data,
+                        matrix(block.mlp.c_fc, batch_size), matrix(block.mlp.c_proj, batch_size))
+                       for block in model.blocks]
+        self.lm_head = matrix(model.wte, batch_size)
         self.graph = capture_graph(self.forward) if weight.is_cuda else None
         self.next_position = None  # what self.position holds, as far as that is known on the CPU
 
@@ -250,7 +260,7 @@ class DecodeStep:
         return batch_size, *((p.data_ptr(), p.dtype) for p in model.parameters())
 
     def forward(self):
-        model, config = self.model, self.model.config
+        model, config, cache = self.model, self.model.config, self.cache
         x = F.embedding(self.token, model.wte.weight)  # (B, C)
         if model.wpe is not None:
             x = x + model.wpe.weight.index_select(0, self.position)
@@ -259,21 +269,22 @@ class DecodeStep:
             end, mask = config.block_size, torch.zeros(1, 1, 1, config.block_size, device=x.device, dtype=x.dtype)
             mask = mask.masked_fill(self.positions > self.position, -math.inf)
         else:
-            end, mask = self.cache.length + 1, None
-        for block, keys, values in zip(model.blocks, self.cache.keys, self.cache.values, strict=True):
-            attn, mlp = block.attn, block.mlp
-            qkv = linear(block.ln_1(x), attn.c_attn).to(x.dtype)
+            end, mask = cache.length + 1, None
+        for (attn, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(
+                self.layers, cache.keys, cache.values, strict=True):
+            qkv = linear(rms_norm(x, ln_1), *c_attn).to(x.dtype)
             q, k, v = qkv.view(len(x), 3, config.n_head, 1, -1).unbind(1)  # (B, H, 1, D)
-            q, k = attn.q_norm(q), attn.k_norm(k)
+            if config.qk_norm:
+                q, k = attn.q_norm(q), attn.k_norm(k)
             if rope is not None:
                 q, k = apply_rotary_emb(torch.stack([q, k]), rope)
             keys.index_copy_(2, self.position, k)
             values.index_copy_(2, self.position, v)
             y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-            x = x + linear(y.reshape(x.shape), attn.c_proj)
-            gate, up = linear(block.ln_2(x), mlp.c_fc).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, mlp.c_proj)
-        self.logits = linear(model.ln_f(x), model.wte).float()  # (B, V)
+            x = x + linear(y.reshape(x.shape), *attn_proj)
+            gate, up = linear(rms_norm(x, ln_2), *c_fc).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, *mlp_proj)
+        self.logits = linear(model.ln_f(x), *self.lm_head).float()  # (B, V)
         self.position += 1
 
     def __call__(self, token):
@@ -286,11 +297,14 @@ class DecodeStep:
         return self.logits
 
 
-def linear(x, module):
-    """x (B, in) times the matrix of a module; a single row in half precision if prepare_for_inference left a copy."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if len(x) == 1:  # most CPUs multiply many half-precision rows slowly
-        weight, bias = getattr(module, "half_copy", (weight, bias))
+def matrix(module, batch_size):
+    """(weight, bias) of a module; for a single row the half-precision copies of prepare_for_inference, if any."""
+    own = module.weight.data, getattr(module, "bias", None)
+    # most CPUs multiply many half-precision rows slowly
+    return getattr(module, "half_copy", own) if batch_size == 1 else own
+
+
+def linear(x, weight, bias):
     return F.linear(x.to(weight.dtype), weight, bias)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig, SampleConfig, TrainConfig, UserError,
                     atomic_write, flag, folder_lock, only_fields, quoted, setting_options, short_message)
-from data import Corpus, TrainLoader, Validation, prepare_command
+from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command
 from model import GPT, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, save_checkpoint
 
 # Settings that may change with --resume; all others come from the checkpoint.
@@ -140,7 +140,7 @@ def lr_multiplier(it, config):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(model, validation, batch_size, device, dtype):
+def estimate_loss(model, validation, batch_size, device, dtype):
     """{"val_loss": nats per token, "val_bpb": bits per byte of text, "floor": the lowest possible loss, if known}."""
     model.eval()
     with autocast(device, dtype):
@@ -157,7 +157,7 @@ def sample_story(model, tokenizer, max_tokens, seed, device):
     prompt = torch.tensor([[tokenizer.bos_id]], device=device)
     ids = model.generate(prompt, SampleConfig(max_new_tokens=max_tokens), tokenizer.eos_id,
                          torch.Generator(device).manual_seed(seed))
-    story = tokenizer.decode(ids).strip()
+    story = tokenizer.decode(ids).strip().translate(CONTROL_CHARACTERS)
     model.train()
     return story
 
@@ -184,19 +184,20 @@ def grad_accum_steps(config, block_size, batch_size):
                     f"of {batch_size} x {block_size}{gpus}): use {hint}--tokens-per-iter {max(1, steps) * tokens}")
 
 
-def try_forward_backward(forward, batch_size, run):
-    """Peak bytes of both passes of one micro-batch of random tokens. Gradients and random state stay as they were."""
+def try_iteration(forward, batch_size, run):
+    """Peak bytes of an iteration of one micro-batch of random tokens. Its update is skipped, so that nothing changes."""
     config, device, cuda = run.model.config, run.device, run.device.type == "cuda"
-    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), generator=torch.Generator())
-    ids = ids.to(device)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         with torch.random.fork_rng(devices=[device] if cuda else []):
+            ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
             with autocast(device, run.dtype):
                 loss = forward(ids[:, :-1], ids[:, 1:])
             run.scaler.scale(loss).backward()
+        run.optimizer.found_inf = torch.ones((), device=device)
+        run.optimizer.step()
         return torch.cuda.max_memory_allocated(device) if cuda else 0
     finally:
         run.model.zero_grad(set_to_none=True)
@@ -213,14 +214,14 @@ def find_batch_size(run):
         return max(size for size in sizes if size <= 32)
     free, total = torch.cuda.mem_get_info(run.device)
     limit = total * torch.cuda.get_per_process_memory_fraction(run.device)
-    moments = 0 if run.optimizer.state else 8 * run.model.count_parameters()  # allocated by the first step
-    room = 0.9 * min(free + torch.cuda.memory_reserved(run.device), limit) - moments
-    fixed, best, peak = torch.cuda.memory_allocated(run.device), sizes[0], 0
+    room = 0.9 * min(free + torch.cuda.memory_reserved(run.device), limit)
+    best, peak = sizes[0], 0
     for size in sizes:
+        fixed = torch.cuda.memory_allocated(run.device)
         if fixed + (peak - fixed) * size / best > room:
             break
         try:
-            peak = try_forward_backward(run.model, size, run)
+            peak = try_iteration(run.model, size, run)
         except torch.OutOfMemoryError:
             break
         if peak > room:
@@ -234,7 +235,7 @@ def find_batch_size(run):
 
 
 def compile_model(run, batch_size):
-    """The model through torch.compile if that is wanted and works, tried on one micro-batch; else the model itself.
+    """The model through torch.compile if that is wanted and works, tried in one iteration; else the model itself.
 
     Whether to compile depends on the settings alone, so that a resumed run computes what an unbroken one does.
     """
@@ -243,14 +244,14 @@ def compile_model(run, batch_size):
     if run.config.compile == "off" or run.config.compile == "auto" and not auto:
         return run.model
     try:
-        compiled = torch.compile(run.model)
-        try_forward_backward(compiled, batch_size, run)
-        run.optimizer.update = torch.compile(muon_update)
+        compiled, run.optimizer.update = torch.compile(run.model), torch.compile(muon_update)
+        try_iteration(compiled, batch_size, run)
         return compiled
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler can raise anything
         print0(f"torch.compile does not work here ({short_message(error)}): training falls back to a slower path.")
+        run.optimizer.update = muon_update
         return run.model
 
 
@@ -388,13 +389,13 @@ class Run:
             raise UserError(nonfinite_message(self, "the last update made weights that are not finite"))
         if RANK > 0:
             return
-        contents = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
-                        state=asdict(self.state))
+        checkpoint = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
+                          state=asdict(self.state))
         if resumable:
             cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            contents |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                             rng=torch.get_rng_state(), cuda_rng=cuda_rng)
-        save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, **contents)
+            checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                               rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, **checkpoint)
 
     def evaluate(self, log, batch_size):
         """Log an evaluation, print a story, and save the weights as best.pt if they are the best so far."""
@@ -419,7 +420,7 @@ class Run:
 
     def measure(self, model, tokens, batch_size):
         validation = Validation(self.corpus, model.config.block_size, tokens, self.config.align_stories)
-        return evaluate(model, validation, batch_size, self.device, self.dtype)
+        return estimate_loss(model, validation, batch_size, self.device, self.dtype)
 
     def remeasure_best(self, batch_size):
         """Compare later weights with best.pt on the same tokens, after --eval-tokens changed."""
@@ -453,7 +454,7 @@ def cannot_resume(path, reason, data_dir):
 # -----------------------------------------------------------------------------
 # The loop
 
-def train(run, batch_size, stop, plan=False):
+def train(run, batch_size, stop, overwrite=False, plan=False):
     """Train until max_iters or a request to stop; returns the signal that asked for it, or 0.
 
     With `plan` nothing is written: it ends after PLAN_ITERS iterations to warm up and as many to measure.
@@ -468,6 +469,8 @@ def train(run, batch_size, stop, plan=False):
     loader = TrainLoader(run.corpus.train, model.config.block_size, config.seed, config.align_stories)
     batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
     x, y = next(batches)
+    if RANK == 0 and not plan:
+        prepare_out_dir(run, overwrite)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # These stay on the device and are read at log lines, evaluations and saves: no host sync in between.
@@ -627,6 +630,10 @@ def describe(run, batch_size):
         enough = max(1, round(MANY_EPOCHS * len(stream) / config.tokens_per_iter))
         print0(f"Warning: beyond about {MANY_EPOCHS} epochs a model overfits. Prepare more text, or stop earlier: "
                f"--max-iters {enough}")
+    group = run.optimizer.param_groups[-1]
+    rate = group["initial_lr"] * lr_multiplier(run.state.iter, config)
+    if run.state.iter and rate > 2 * group["lr"]:  # a finished run is resumed with more iterations
+        print0(f"Note: the learning rate rises again, from {group['lr']:.1e} to {rate:.1e}, so the loss rises first, too.")
 
 
 def prepare_out_dir(run, overwrite):
@@ -703,11 +710,9 @@ def main(preset, resume, init_from, overwrite, plan, **given):
                 batch_size = find_batch_size(run)
                 print0(f"--batch-size auto: micro-batches of {batch_size} fit.")
             describe(run, batch_size)
-            if RANK == 0 and not plan:
-                prepare_out_dir(run, overwrite)
             if resume and "eval_tokens" in given:
                 run.remeasure_best(batch_size)
-            stop_signal = train(run, batch_size, stop, plan)
+            stop_signal = train(run, batch_size, stop, overwrite, plan)
         except torch.OutOfMemoryError:
             raise UserError(out_of_memory_message(run, batch_size)) from None
     if WORLD_SIZE > 1:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import config
-from config import (CONTEXT_SETTINGS, PRESETS, RENAMED, Command, CorpusConfig, GPTConfig, SampleConfig, TrainConfig,
+from config import (CONTEXT_SETTINGS, OTHER_NAMES, PRESETS, Command, CorpusConfig, GPTConfig, SampleConfig, TrainConfig,
                     UserError, atomic_write, flag, folder_lock, only_fields, quoted, replace_file, setting_options,
                     short_message)
 
@@ -124,12 +124,12 @@ def test_a_mistyped_flag_is_answered_with_the_right_one():
 
 
 @pytest.mark.parametrize("arguments", [["--min-lr-share", "0.1"], ["--min_lr_share=0.1"], ["--decay-share", "0.2"],
-                                       ["--checkpoint-activations"]])
-def test_a_flag_of_earlier_versions_is_refused_with_its_new_name(arguments):
+                                       ["--checkpoint-activations"], ["--lr", "0.1"]])
+def test_a_flag_of_earlier_versions_or_of_nanogpt_is_refused_with_its_name_here(arguments):
     result = run(*arguments)
     old = arguments[0].split("=")[0].replace("_", "-")
-    new = dict(zip(map(flag, RENAMED), map(flag, RENAMED.values())))[old]
-    assert result.exit_code == 2 and f"Error: {old} is now {new}." in result.output
+    new = dict(zip(map(flag, OTHER_NAMES), map(flag, OTHER_NAMES.values())))[old]
+    assert result.exit_code == 2 and f"Error: there is no {old}: use {new}." in result.output
     assert new in run("--help").output
 
 
@@ -219,8 +219,8 @@ def test_settings_come_back_from_json(cls):
 
 def test_settings_that_earlier_versions_saved_under_other_names_are_restored():
     old = asdict(TrainConfig(min_lr_ratio=0.3, decay_fraction=0.2, activation_checkpointing=True))
-    for before, now in RENAMED.items():
-        old[before] = old.pop(now)
+    for before in ("min_lr_share", "decay_share", "checkpoint_activations"):
+        old[before] = old.pop(OTHER_NAMES[before])
     made = TrainConfig.from_dict(old, "ckpt.pt")
     assert (made.min_lr_ratio, made.decay_fraction, made.activation_checkpointing) == (0.3, 0.2, True)
 

@@ -32,7 +32,7 @@ import train
 from config import IGNORE_INDEX, PRESETS, GPTConfig, TrainConfig, UserError, folder_lock, only_fields
 from data import Corpus, TrainLoader, Validation
 from model import GPT, load_checkpoint
-from train import MuonAdamW, configure_optimizer, evaluate, lr_multiplier, orthogonalize
+from train import MuonAdamW, configure_optimizer, estimate_loss, lr_multiplier, orthogonalize
 
 CPU = torch.device("cpu")
 GradScaler = torch.amp.GradScaler
@@ -262,7 +262,7 @@ def test_validation_loss_is_the_plain_mean_at_any_batch_size(corpus, align_stori
     for p in model.parameters():
         p.data.normal_(std=0.3)
     validation = Validation(corpus, 32, 1000, align_stories)
-    results = [evaluate(model, validation, size, CPU, torch.float32) for size in (1, 8, 1000)]
+    results = [estimate_loss(model, validation, size, CPU, torch.float32) for size in (1, 8, 1000)]
     assert all(one == pytest.approx(results[0], rel=1e-6) for one in results) and model.training
     total, count, model = 0.0, 0, model.eval()
     for x, y in validation.batches(1, CPU):
@@ -302,6 +302,8 @@ def test_the_story_that_is_printed_is_drawn_in_evaluation_mode_and_training_cont
         p.data.normal_(std=0.3)
     stories = [train.sample_story(model, corpus.tokenizer, 80, seed, CPU) for seed in (5, 5, 5, 6)]  # two windows
     assert stories[0] == stories[1] == stories[2] != stories[3] and all(stories) and model.training
+    model.generate = lambda *_: corpus.tokenizer.encode("a\x1b[31m\x0eb\n\tc")
+    assert train.sample_story(model, corpus.tokenizer, 80, 5, CPU) == "a\ufffd[31m\ufffdb\n\tc", "sent to a terminal"
 
 
 def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_own_name(data, tmp_path, corpus):
@@ -310,7 +312,7 @@ def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_o
     assert [row["iter"] for row in before] == [0, 5, 10] and not any("full_val_loss" in row for row in before)
     model = load_checkpoint(tmp_path / "ckpt.pt")[0]
     for prefix, tokens in (("", 400), ("full_", 3000)):
-        exact = evaluate(model, Validation(corpus, 32, tokens, False), 2, CPU, torch.float32)
+        exact = estimate_loss(model, Validation(corpus, 32, tokens, False), 2, CPU, torch.float32)
         assert {name: last[prefix + name] for name in exact} == pytest.approx(exact, rel=1e-6)
         assert exact.keys() == {"val_loss", "val_bpb", "floor"}
 
@@ -439,7 +441,7 @@ def test_seconds_count_training_alone_and_tokens_per_second_are_those_of_the_las
             clock.now += seconds
             return real(*args, **kwargs)
         return slow
-    monkeypatch.setattr(train, "evaluate", takes(1e4, train.evaluate))
+    monkeypatch.setattr(train, "estimate_loss", takes(1e4, train.estimate_loss))
     monkeypatch.setattr(train, "sample_story", takes(1e5, train.sample_story))
     monkeypatch.setattr(train.Run, "save", takes(1e6, train.Run.save))
 
@@ -621,8 +623,8 @@ def given_losses(monkeypatch, *losses):
 
     def found(model, validation, *rest):
         asked.append((copy.deepcopy(model.state_dict()), validation.num_targets))
-        return evaluate(model, validation, *rest) | dict(val_loss=next(losses))
-    monkeypatch.setattr(train, "evaluate", found)
+        return estimate_loss(model, validation, *rest) | dict(val_loss=next(losses))
+    monkeypatch.setattr(train, "estimate_loss", found)
     return asked
 
 
@@ -647,7 +649,7 @@ def test_best_has_the_loss_that_the_log_says(data, tmp_path, corpus):
     best, lowest = saved(tmp_path, "best.pt"), min(rows, key=lambda row: row["val_loss"])
     assert best["state"]["iter"] == lowest["iter"]
     model, validation = load_checkpoint(tmp_path / "best.pt")[0], Validation(corpus, 32, 400, False)
-    assert evaluate(model, validation, 2, CPU, torch.float32)["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
+    assert estimate_loss(model, validation, 2, CPU, torch.float32)["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("later, best", [(1.2, 9), (1.5, 4)])
@@ -909,6 +911,24 @@ def test_overwriting_removes_all_of_the_run_before(data, tmp_path, monkeypatch):
     run_train(data, tmp_path)
 
 
+def test_overwriting_removes_nothing_when_the_new_run_cannot_start(data, tmp_path, corpus):
+    run_train(data, tmp_path, max_iters=2)
+    before = files(tmp_path)
+    settings = dict(block_size=2**16, tokens_per_iter=2**16, batch_size=1, overwrite=True)
+    assert len(corpus.train) <= 2**16 and "prepare more text" in run_train(data, tmp_path, expect=1, **settings)
+    assert files(tmp_path) == before
+
+
+def test_a_finished_run_that_gets_more_iterations_says_that_its_learning_rate_rises_again(data, tmp_path):
+    assert "rises" not in run_train(data, tmp_path)
+    last = training_lines(tmp_path)[-1]["lr"]
+    output = resume(tmp_path, "--max-iters", 24)
+    last, now = re.search(r"learning rate rises again, from (\S+) to (\S+),", output).groups()
+    rates = [row["lr"] for row in training_lines(tmp_path)]
+    assert float(last) == pytest.approx(rates[3], rel=0.05) and float(now) == pytest.approx(max(rates), rel=0.05)
+    assert "rises" not in resume(tmp_path, "--max-iters", 25)
+
+
 def test_a_folder_in_use_is_refused_and_free_again_after_a_run(data, tmp_path):
     with folder_lock(tmp_path):
         assert f"{tmp_path} is in use by another process" in run_train(data, tmp_path, expect=1)
@@ -1023,7 +1043,7 @@ def test_activation_checkpointing_is_on_when_asked_for_and_changes_nothing_that_
 def test_whether_to_compile_depends_on_the_settings_and_what_is_installed_alone(monkeypatch, cuda, triton, compile,
                                                                                 max_iters, compiled):
     monkeypatch.setattr(torch, "compile", lambda function: SimpleNamespace(compiled=function))
-    monkeypatch.setattr(train, "try_forward_backward", lambda *_: 0)
+    monkeypatch.setattr(train, "try_iteration", lambda *_: 0)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if triton else None)
     for it in (0, 1, max_iters):
         run = SimpleNamespace(model=GPT(TINY), config=TrainConfig(compile=compile, max_iters=max_iters),
@@ -1044,7 +1064,7 @@ def test_the_compiled_functions_are_those_that_train_and_trying_them_changes_not
         return counted
     monkeypatch.setattr(torch, "compile", compile)
     run_train(data, tmp_path / "compiled", compile="on")
-    assert [counted.call_count for counted in compiled] == [1 + 2 * 12, 3 * 12]  # three shapes of matrices
+    assert [counted.call_count for counted in compiled] == [1 + 2 * 12, 3 * (1 + 12)]  # three shapes of matrices
     assert same_run(tmp_path / "eager", tmp_path / "compiled", "compile")
 
 
@@ -1080,7 +1100,7 @@ def out_of_memory(*args):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("place", ["forward", "step", "evaluate", "sample_story"])
+@pytest.mark.parametrize("place", ["forward", "step", "estimate_loss", "sample_story"])
 def test_running_out_of_memory_keeps_the_checkpoint_and_ends_with_a_command_that_resumes(data, tmp_path, monkeypatch,
                                                                                         place):
     out, before = tmp_path / "my run", {}
@@ -1127,7 +1147,7 @@ class FakeGPU:
         for name, value in dict(mem_get_info=(free, total), get_per_process_memory_fraction=fraction,
                                 memory_reserved=reserved, memory_allocated=fixed).items():
             monkeypatch.setattr(torch.cuda, name, self.figure(value))
-        monkeypatch.setattr(train, "try_forward_backward", self.forward_backward)
+        monkeypatch.setattr(train, "try_iteration", self.forward_backward)
 
     def figure(self, value):
         def of_device(device):
@@ -1141,33 +1161,32 @@ class FakeGPU:
             out_of_memory()
         return self.fixed + self.per_sequence * batch_size
 
-    def find(self, parameters=0):
-        model = SimpleNamespace(config=SimpleNamespace(block_size=32), count_parameters=lambda: parameters)
+    def find(self):
+        model = SimpleNamespace(config=SimpleNamespace(block_size=32))
         return train.find_batch_size(SimpleNamespace(config=TrainConfig(tokens_per_iter=32 * 96), device=self.device,
-                                                     model=model, optimizer=SimpleNamespace(state={})))
+                                                     model=model))
 
 
-@pytest.mark.parametrize("figures, parameters, size", [
-    (dict(free=8000), 0, 48),                       # 4,900 of at most 7,200; 96 would need 9,700
-    (dict(free=5000), 0, 32),                       # 48 sequences would need 4,900 of at most 4,500
-    (dict(free=3000, reserved=2000), 0, 32),        # what this process has cached is free for it
-    (dict(free=8000, fraction=0.5), 0, 32),         # a limit that the user set
-    (dict(free=8000), 200, 48), (dict(free=8000), 400, 32),  # AdamW's moments: 1,600 and 3,200 bytes
-    (dict(free=50), 0, 1)])  # nothing fits: the smallest, and advice if it does not
-def test_batch_size_auto_is_tried_upwards_and_stays_below_nine_tenths_of_the_memory(monkeypatch, figures, parameters,
-                                                                                    size):
+@pytest.mark.parametrize("figures, size", [
+    (dict(free=8000), 48),                  # 4,900 of at most 7,200; 96 would need 9,700
+    (dict(free=5000), 32),                  # 48 sequences would need 4,900 of at most 4,500
+    (dict(free=3000, reserved=2000), 32),   # what this process has cached is free for it
+    (dict(free=8000, fraction=0.5), 32),    # a limit that the user set
+    (dict(free=8000, fixed=2500), 32),      # weights and the state of the optimizer
+    (dict(free=50), 1)])  # nothing fits: the smallest, and advice if it does not
+def test_batch_size_auto_is_tried_upwards_and_stays_below_nine_tenths_of_the_memory(monkeypatch, figures, size):
     gpu = FakeGPU(monkeypatch, **figures)
-    assert gpu.find(parameters) == size
+    assert gpu.find() == size
     assert gpu.tried == [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if n <= size]
 
 
 def test_batch_size_auto_stops_below_the_size_that_ran_out_of_memory_or_needed_more_than_foreseen(monkeypatch):
     gpu = FakeGPU(monkeypatch, free=8000)
     real = gpu.forward_backward
-    monkeypatch.setattr(train, "try_forward_backward", lambda forward, size, run:
+    monkeypatch.setattr(train, "try_iteration", lambda forward, size, run:
                         out_of_memory() if size > 12 else real(forward, size, run))
     assert gpu.find() == 12
-    monkeypatch.setattr(train, "try_forward_backward", lambda forward, size, run:
+    monkeypatch.setattr(train, "try_iteration", lambda forward, size, run:
                         7900 if size > 6 else real(forward, size, run))
     assert gpu.find() == 6
 
@@ -1183,11 +1202,14 @@ def opened(data, tmp_path, *, preset=None, path=None, resumed=False, **settings)
     return train.open_run(preset, path, resumed, {} if resumed else given, False)
 
 
-def test_trying_a_micro_batch_keeps_gradients_and_random_state(data, tmp_path):
-    run = opened(data, tmp_path)
-    before = torch.get_rng_state()
-    assert train.try_forward_backward(run.model, 2, run) == 0
-    assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in run.model.parameters())
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_trying_an_iteration_changes_nothing(data, tmp_path, optimizer):
+    run = opened(data, tmp_path, optimizer=optimizer, dropout=0.5)
+    before = torch.get_rng_state(), [p.detach().clone() for p in run.model.parameters()]
+    assert train.try_iteration(run.model, 2, run) == 0
+    assert same(before, (torch.get_rng_state(), [p.detach() for p in run.model.parameters()]))
+    assert all(p.grad is None for p in run.model.parameters())
+    assert not any(tensor.any() for state in run.optimizer.state.values() for tensor in state.values())
 
 
 # -----------------------------------------------------------------------------
@@ -1335,13 +1357,14 @@ def test_on_cuda_what_is_compiled_learns_what_is_not(data, tmp_path, dtype):
 
 
 @on_gpu
-def test_on_cuda_trying_a_micro_batch_counts_its_peak_and_keeps_the_random_state(data, tmp_path):
+def test_on_cuda_trying_an_iteration_counts_its_peak_and_keeps_the_random_state(data, tmp_path):
     run = opened(data, tmp_path, device="cuda", dropout=0.5)
     before = torch.get_rng_state(), torch.cuda.get_rng_state(run.device)
-    peaks = [train.try_forward_backward(run.model, size, run) for size in (16, 64)]
+    peaks = [train.try_iteration(run.model, size, run) for size in (16, 64)]
     assert same(before, (torch.get_rng_state(), torch.cuda.get_rng_state(run.device)))
     logits = 32 * 512 * 4  # bytes per sequence
     assert peaks[1] - peaks[0] > 48 * logits and peaks[0] > torch.cuda.memory_allocated(run.device) + 16 * logits
+    assert torch.cuda.memory_allocated(run.device) > 8 * run.model.count_parameters()  # with the optimizer's state
     assert all(p.grad is None for p in run.model.parameters())
 
 

@@ -129,7 +129,7 @@ class Peer:
         """train.py's own evaluation; their models return (logits, loss)."""
         model = LossOnly()
         model.peer = self.model
-        return train.evaluate(model, validation, min(64, self.batch_size), self.device, self.dtype)["val_bpb"]
+        return train.estimate_loss(model, validation, min(64, self.batch_size), self.device, self.dtype)["val_bpb"]
 
     def peak_mib(self):
         return torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else None
