@@ -79,7 +79,7 @@ def read_csv(path, text_field):
             if None in row:  # csv's name for the cells beyond those of the header
                 raise UserError(f"{path} has more cells in line {reader.line_num} than in its header: put texts that "
                                 "contain commas in double quotes, then rerun.")
-            yield from pieces(path, row, text_field)
+            yield from record_pieces(path, row, text_field)
 
 
 def read_json_records(path, text_field):
@@ -88,7 +88,7 @@ def read_json_records(path, text_field):
         is_array = file.read(1024).lstrip().startswith("[")
         file.seek(0)
         for record in json.load(file) if is_array else map(json.loads, filter(str.strip, file)):
-            yield from pieces(path, record, text_field)
+            yield from record_pieces(path, record, text_field)
 
 
 def read_parquet(path, text_field):
@@ -96,13 +96,13 @@ def read_parquet(path, text_field):
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
         columns = file.schema_arrow.names
         if text_field not in columns:
-            yield from pieces(path, dict.fromkeys(columns), text_field)
+            yield from record_pieces(path, dict.fromkeys(columns), text_field)
         for batch in file.iter_batches(batch_size=256, columns=[text_field]):
             for text in batch.column(0).to_pylist():
-                yield from pieces(path, {text_field: text}, text_field)
+                yield from record_pieces(path, {text_field: text}, text_field)
 
 
-def pieces(path, record, text_field):
+def record_pieces(path, record, text_field):
     """Yield (text, starts_story) for the text of one record, cut where it is long."""
     if not isinstance(record, dict) or text_field not in record:
         columns = ", ".join(map(str, record)) if isinstance(record, dict) else "no named columns"
@@ -135,6 +135,19 @@ def read_rows(files, text_field):
             raise UserError(f"{path} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
 
 
+def row_batches(rows):
+    """Yield lists of rows (text, starts_story) with about PIECE_CHARS characters each."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row[0])
+        if size > PIECE_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def write_table(path, files, text_field):
     """Read text files into one Arrow file: a row per story, several rows for a long one."""
     import pyarrow
@@ -142,16 +155,10 @@ def write_table(path, files, text_field):
     total = sum(file.stat().st_size for file in files)
     with (atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer,
           tqdm(total=total, desc="reading", unit="B", unit_scale=True, **bar_options()) as bar):
-        texts, starts, size = [], [], 0
-        for text, starts_story in itertools.chain(read_rows(files, text_field), [(None, None)]):
-            if texts and (text is None or size > PIECE_CHARS):
-                writer.write_batch(pyarrow.record_batch([texts, starts], schema))
-                bar.update(size)
-                texts, starts, size = [], [], 0
-            if text is not None:
-                texts.append(text)
-                starts.append(starts_story)
-                size += len(text)
+        for batch in row_batches(read_rows(files, text_field)):
+            texts, starts = map(list, zip(*batch))
+            writer.write_batch(pyarrow.record_batch([texts, starts], schema))
+            bar.update(sum(map(len, texts)))
 
 
 def list_files(folder):
@@ -202,7 +209,7 @@ def group_by_split(files):
 
 
 def local_rows(config, folder):
-    """({split: Dataset}, facts) of local files. They are read once, into an Arrow file per split in `folder`."""
+    """({split: Dataset}, metadata) of local files. They are read once, into an Arrow file per split in `folder`."""
     import_datasets()
     from datasets import Dataset
     splits, unread = local_files(Path(config.dataset))
@@ -239,7 +246,7 @@ def latest_commit(name):
 
 
 def hub_rows(config, folder, commit):
-    """({split: Dataset}, facts) of a data set on the Hugging Face Hub. `datasets` keeps the download in its cache."""
+    """({split: Dataset}, metadata) of a data set on the Hugging Face Hub. `datasets` keeps the download in its cache."""
     datasets = import_datasets()
     name, _, configuration = config.dataset.partition(":")
     try:
@@ -262,13 +269,12 @@ def hub_rows(config, folder, commit):
 
 
 def sample_rows():
-    """({split: Dataset}, facts) of the built-in corpus. No validation story occurs in its training split."""
+    """({split: Dataset}, metadata) of the built-in corpus."""
     from datasets import Dataset
+    train, _ = zip(*draw_stories(TRAIN_STORIES, seed=0))
     val, nats = zip(*draw_stories(VAL_STORIES, seed=1))
-    held_out = set(val)
-    train = [story for story, _ in draw_stories(TRAIN_STORIES, seed=0) if story not in held_out]
-    return ({"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": list(val)})},
-            dict(val_nats=nats))
+    return {"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": val})}, \
+        dict(val_nats=nats)
 
 
 # -----------------------------------------------------------------------------
@@ -282,7 +288,6 @@ class Stories:
     row_bytes: np.ndarray   # of every row of it
     index: np.ndarray
     starts: np.ndarray      # bool, as long as index
-    trimmed: dict           # {row: slice of its text} where a story was cut in two
 
     def __len__(self):
         return int(self.starts.sum())
@@ -302,11 +307,10 @@ class Stories:
         batch = np.cumsum(self.row_bytes[self.index]) // BATCH_BYTES
         borders = np.flatnonzero(np.diff(batch)) + 1
         for index, starts in zip(np.split(self.index, borders), np.split(self.starts, borders), strict=True):
-            texts = [text or "" for text in self.rows[index]["text"]] if len(index) else []
-            yield [text[self.trimmed.get(row, slice(None))] for row, text in zip(index.tolist(), texts)], starts
+            yield [text or "" for text in self.rows[index]["text"]] if len(index) else [], starts
 
 
-def survey(rows, label):
+def scan_stories(rows, label):
     """(all stories of a Dataset, and of each the hash of its text and whether it has any)."""
     starts = np.ones(len(rows), bool)
     if "starts_story" in rows.column_names:
@@ -322,7 +326,7 @@ def survey(rows, label):
         hashes[story] = int.from_bytes(hasher.digest(), "big")
         has_text[story] |= bool(text) and not text.isspace()
         row_bytes[row] = len(data)
-    return Stories(rows, row_bytes, np.arange(len(rows)), starts, {}), hashes, has_text
+    return Stories(rows, row_bytes, np.arange(len(rows)), starts), hashes, has_text
 
 
 def train_val_split(splits, name):
@@ -334,7 +338,7 @@ def train_val_split(splits, name):
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"{name} has no split named train, but {', '.join(splits)}: pass another --dataset.")
     val_name = next((split for split in ("validation", "test") if split in splits and "train" in splits), None)
-    train, hashes, has_text = survey(splits.get("train", next(iter(splits.values()))), "training text")
+    train, hashes, has_text = scan_stories(splits.get("train", next(iter(splits.values()))), "training text")
     left_out, keep = {}, has_text
 
     def leave_out(reason, stories, chosen):
@@ -344,7 +348,7 @@ def train_val_split(splits, name):
 
     leave_out("empty", train, ~has_text)
     if val_name:
-        val, val_hashes, val_has_text = survey(splits[val_name], "validation text")
+        val, val_hashes, val_has_text = scan_stories(splits[val_name], "validation text")
         leave_out("empty", val, ~val_has_text)
         val, held_out = val.select(val_has_text), val_hashes[val_has_text]
         keep = has_text & ~np.isin(hashes, held_out)
@@ -382,30 +386,28 @@ def held_out_stories(story_bytes, hashes, has_text):
 
 def cut_story(stories, number, limit):
     """(all stories but the end of one, that end): `limit` to twice `limit` bytes, from the end of a paragraph on."""
-    positions = np.append(np.flatnonzero(stories.starts), len(stories.index))
-    first, end = positions[number], positions[number + 1]
+    from datasets import Dataset, concatenate_datasets
+    first, end = np.append(np.flatnonzero(stories.starts), len(stories.index))[number:number + 2]
     sizes = np.cumsum(stories.row_bytes[stories.index[first:end]][::-1])  # from the end
-    first = end - 1 - min(int(np.searchsorted(sizes, 2 * limit)), end - first - 1)
-    texts = [stories.rows[int(row)]["text"].encode() for row in stories.index[first:end]]
-    data = b"".join(texts)
-    latest, cut = len(data) - limit, 0
+    first = end - 1 - min(int(np.searchsorted(sizes, 2 * limit)), end - first - 1)  # the rows before it stay as they are
+    data = "".join(stories.rows[stories.index[first:end]]["text"]).encode()
+    cut = latest = len(data) - limit
     for mark in (b"\n\n", b"\n", b" "):
         found = data.rfind(mark, max(len(data) // 2, latest - limit), latest)
         if found >= 0:
             cut = found + len(mark)
             break
-    else:
-        cut = next(i for i in range(latest, -1, -1) if data[i] & 0xC0 != 0x80)  # not inside a character
-    k = next(k for k, size in enumerate(itertools.accumulate(map(len, texts))) if cut < size)
-    at, row = cut - sum(map(len, texts[:k])), int(stories.index[first + k])
-    chars = len(texts[k][:at].decode())
-    head_bytes, tail_bytes = stories.row_bytes.copy(), stories.row_bytes.copy()
-    head_bytes[row], tail_bytes[row] = at, len(texts[k]) - at
-    head = replace(stories, row_bytes=head_bytes, index=np.delete(stories.index, np.s_[first + k + 1:end]),
-                   starts=np.delete(stories.starts, np.s_[first + k + 1:end]), trimmed={row: slice(0, chars)})
-    tail = replace(stories, row_bytes=tail_bytes, index=stories.index[first + k:end],
-                   starts=np.arange(end - first - k) == 0, trimmed={row: slice(chars, None)})
-    return head, tail
+    while data[cut] & 0xC0 == 0x80:  # not inside a character
+        cut -= 1
+    head, tail = ([*chunks(part.decode(), PIECE_CHARS)] for part in (data[:cut], data[cut:]))
+    rows = concatenate_datasets([stories.rows.select_columns("text"), Dataset.from_dict({"text": head + tail})])
+    row_bytes = np.append(stories.row_bytes, [len(text.encode()) for text in head + tail])
+    new = np.arange(len(stories.rows), len(rows))
+    head_starts, tail_starts = new[:len(head)] == new[0], new[len(head):] == new[len(head)]
+    head_starts &= stories.starts[first]
+    rest = Stories(rows, row_bytes, np.concatenate([stories.index[:first], new[:len(head)], stories.index[end:]]),
+                   np.concatenate([stories.starts[:first], head_starts, stories.starts[end:]]))
+    return rest, Stories(rows, row_bytes, new[len(head):], tail_starts)
 
 
 def is_sampled(index, rate, seed):
@@ -523,9 +525,6 @@ def arguments_of(config, tokenizer):
     values["vocab_size"] = tokenizer.vocab_size if tokenizer else \
         config.vocab_size or (512 if config.dataset == "sample" else 4096)
     if config.dataset != "sample" and path.exists():
-        if path.is_dir() and Path(config.data_dir).resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--data-dir {config.data_dir} is inside --dataset {path}, so the prepared files would "
-                            "become part of the corpus: pass another --data-dir.")
         digest = hashlib.sha256()
         for file in sorted(itertools.chain.from_iterable(local_files(path)[0].values())):
             digest.update(f"{file.relative_to(path)}\n".encode())
@@ -549,20 +548,24 @@ def write_json(path, value):
         json.dump(value, file, indent=1, ensure_ascii=False)
 
 
-def open_partial(config, arguments, overwrite):
-    """(DATA-DIR/partial with what an interrupted run with the same arguments left there, the commit of its corpus)."""
+def open_partial(config, arguments, overwrite, commit):
+    """(DATA-DIR/partial with what an interrupted run with the same arguments left there, the commit of its corpus).
+
+    `commit`: that of the corpus in DATA-DIR, if it is repaired; else a new preparation asks for the newest.
+    """
     folder = Path(config.data_dir) / "partial"
     existing = read_json(folder / "arguments.json") or {}
     changed = changes(existing, arguments)
     if changed and any(folder.glob("*.bin")) and not overwrite:
         raise UserError(f"{folder} contains an interrupted preparation with {changed}: rerun its command to resume it, "
                         "or pass --overwrite to start over, or another --data-dir.")
-    commit = existing.get("commit")
-    if changed:
+    if not changed:
+        commit = existing.get("commit")
+    else:
         if folder.exists():
             shutil.rmtree(folder)  # must succeed: a shard left here would count as finished
         is_local = config.dataset == "sample" or Path(config.dataset).exists()
-        commit = None if is_local else latest_commit(config.dataset.partition(":")[0])
+        commit = None if is_local else commit or latest_commit(config.dataset.partition(":")[0])
         write_json(folder / "arguments.json", arguments | dict(commit=commit))
     return folder, commit
 
@@ -591,7 +594,10 @@ def prepare(config, threads, overwrite):
     if not (is_sample or path.exists() or hub_name and path.suffix.lower() not in READERS):
         raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hugging Face Hub, "
                         "or sample.")
-    arguments, meta = arguments_of(config, given), read_json(data_dir / "meta.json")
+    if not is_sample and path.is_dir() and data_dir.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--data-dir {data_dir} is inside --dataset {path}, so the prepared files would become part of "
+                        "the corpus: pass another --data-dir.")
+    arguments, meta, commit = arguments_of(config, given), read_json(data_dir / "meta.json"), None
     if meta and not overwrite:
         if changed := changes(meta.get("arguments", {}), arguments):
             raise UserError(f"{data_dir} was prepared with {changed}: pass --overwrite to replace it, or another "
@@ -604,9 +610,10 @@ def prepare(config, threads, overwrite):
             return report(data_dir, meta)
         except UserError:
             click.echo(f"The corpus in {data_dir} is damaged: preparing it again.")
+            commit = meta.get("commit")
 
-    folder, commit = open_partial(config, arguments, overwrite)
-    splits, facts = (sample_rows() if is_sample else local_rows(config, folder) if path.exists()
+    folder, commit = open_partial(config, arguments, overwrite, commit)
+    splits, metadata = (sample_rows() if is_sample else local_rows(config, folder) if path.exists()
                      else hub_rows(config, folder, commit))
     train, val, left_out = train_val_split(splits, config.dataset)
     parts = select_parts(train, config)
@@ -629,7 +636,7 @@ def prepare(config, threads, overwrite):
             else:
                 write_shard(folder / name, stories, tokenizer, threads, bar)
 
-    meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, left_out=left_out, **facts,
+    meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, left_out=left_out, **metadata,
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
                 val=[describe_shard(folder / "val_000.bin", tokenizer)],
                 train=[describe_shard(folder / name, tokenizer) for name in parts])

@@ -529,7 +529,7 @@ def test_what_a_cut_document_keeps_is_counted_where_the_selection_leaves_it_out(
 
 def selected(texts, **settings):
     """The texts of each part."""
-    everything, *_ = preprocess.survey(datasets.Dataset.from_dict(dict(text=texts)), "")
+    everything, *_ = preprocess.scan_stories(datasets.Dataset.from_dict(dict(text=texts)), "")
     parts = preprocess.select_parts(everything, CorpusConfig(**settings))
     return {name: [text for batch, _ in part.batches() for text in batch] for name, part in parts.items()}
 
@@ -985,6 +985,8 @@ def test_a_data_set_on_the_hub_is_read_at_its_newest_commit_and_stays_there(hub,
     assert accounted(tmp_path / "data", [*hub.splits["train"], *tales(30, 1)]) == (tales(100), tales(30, 1))
     assert json.loads((tmp_path / "data" / "meta.json").read_text())["commit"] == "c1 of owner/tales"
     assert "up to date" in prepare(*options) and len(hub.asked) == 2
+    (tmp_path / "data" / "val_000.bin").unlink()
+    assert "damaged" in prepare(*options) and hub.asked.pop() == hub.asked[0], "repaired from another commit"
     prepare(*options, "--overwrite")
     assert hub.asked[2:] == [("owner/tales", "small", "c2 of owner/tales")]
 
