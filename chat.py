@@ -326,12 +326,14 @@ def read_piped():
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT",
               help=r"end a continuation before TEXT (\n: a newline); may be given several times")
-@click.option("--keep-context", is_flag=True, help="carry the story so far: you and the model write it in turns")
+@click.option("--keep-context", is_flag=True,
+              help="keep the story so far as context: you and the model write it in turns")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="the trained model  [default: best.pt in --out-dir, else ckpt.pt]")
 @click.option("--out-dir", type=click.Path(path_type=Path), default=TrainConfig.out_dir, metavar="FOLDER",
               help=f"the run to talk to  [default: {TrainConfig.out_dir}]")
-@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")
+@click.option("--device", default="auto", metavar="NAME",
+              help="cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu  [default: auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               help="precision of the weights; auto: float16 on CUDA and CPU, else float32  [default: auto]")
 @setting_options(SampleConfig)

@@ -151,12 +151,12 @@ class GPTConfig(Settings):
     """Shape of the network. The defaults are the model of 12.29 M parameters."""
 
     block_size: int = setting(256, "context length, in tokens", IntRange(2, 65536), group="Model")
-    vocab_size: int = setting(4096, "vocabulary size; taken from the prepared corpus", IntRange(260, 65536))
+    vocab_size: int = setting(4096, "vocabulary size; by default that of the corpus", IntRange(260, 65536))
     n_layer: int = setting(6, "transformer blocks", IntRange(1, 256))
     n_head: int = setting(6, "attention heads per block; must divide n-embd", IntRange(1, 256))
     n_embd: int = setting(384, "width of the residual stream", IntRange(8, 16384))
     intermediate_size: int = setting(1024, "hidden width of the SwiGLU layer", IntRange(8, 65536))
-    dropout: float = setting(0.0, "fraction of activations dropped in training", FloatRange(0, 1, max_open=True))
+    dropout: float = setting(0.0, "dropout probability", FloatRange(0, 1, max_open=True))
     bias: bool = setting(False, "biases in the linear layers", BOOL)
     position: str = setting("learned", "how token order is encoded", Choice(["learned", "rotary"]))
     qk_norm: bool = setting(False, "RMS-normalise queries and keys in each head", BOOL)
@@ -181,25 +181,26 @@ class TrainConfig(Settings):
     optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for embeddings and norms",
                              Choice(["adamw", "muon"]))
     learning_rate: float = setting(2e-3, "peak learning rate with --optimizer adamw", FloatRange(0, 10, min_open=True))
-    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the matrices",
+    muon_learning_rate: float = setting(0.02, "peak learning rate of the matrices with muon",
                                         FloatRange(0, 10, min_open=True))
-    embedding_learning_rate: float = setting(0.01, "muon: peak learning rate of embeddings and norms",
+    embedding_learning_rate: float = setting(0.01, "peak learning rate of embeddings and norms with muon",
                                              FloatRange(0, 10, min_open=True))
     schedule: str = setting("wsd", "after the warmup: cosine decay, or constant and then linear decay (wsd)",
                             Choice(["cosine", "wsd"]))
     min_lr_ratio: float = setting(0.0, "final learning rate as a fraction of its peak", FloatRange(0, 1))
     warmup_iters: int = setting(100, "iterations of linear warmup (at most a tenth of max-iters)", IntRange(0))
     decay_fraction: float = setting(0.4, "wsd: fraction of the run in which the learning rate decays", FloatRange(0, 1))
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", FloatRange(0, 100))
-    beta1: float = setting(0.9, "AdamW: decay of the running mean of the gradient", FloatRange(0, 1, max_open=True))
-    beta2: float = setting(0.95, "AdamW: decay of the running mean of its square", FloatRange(0, 1, max_open=True))
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices (with muon, not of embeddings)",
+                                  FloatRange(0, 100))
+    beta1: float = setting(0.9, "AdamW: decay of the mean of the gradient", FloatRange(0, 1, max_open=True))
+    beta2: float = setting(0.95, "AdamW: decay of the mean of the squared gradient", FloatRange(0, 1, max_open=True))
     grad_clip: float = setting(1.0, "maximum gradient norm; 0: no clipping", FloatRange(0))
     align_stories: bool = setting(False, "start every training window at the first token of a story", BOOL)
     seed: int = setting(1337, "seed of weights, data order and dropout", IntRange(0, 2**63 - 1))
 
     batch_size: int | str = setting(32, "sequences per forward pass (the memory dial: halve it when memory runs out; "
                                     "learning stays the same), or auto", IntOrAuto(), group="Memory and speed")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", STRING, metavar="NAME")
+    device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu", STRING, metavar="NAME")
     dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
                          Choice(["auto", "float32", "float16", "bfloat16"]))
     compile: str = setting("auto", "torch.compile; auto: on CUDA with Triton, for runs of 500 iterations or more",
@@ -210,10 +211,10 @@ class TrainConfig(Settings):
     log_interval: int = setting(10, "iterations between log lines", IntRange(1), group="Reports and checkpoints")
     eval_interval: int = setting(250, "iterations between evaluations", IntRange(1))
     eval_tokens: int = setting(65536, "tokens per evaluation; 0: the whole validation set", IntRange(0))
-    final_eval_tokens: int = setting(0, "tokens of an extra evaluation after the last iteration; 0: the whole "
+    final_eval_tokens: int = setting(0, "tokens of the evaluation after the last iteration; 0: the whole "
                                      "validation set", IntRange(0))
     sample_tokens: int = setting(200, "maximum length of the story printed at each evaluation; 0: none", IntRange(0))
-    save_minutes: float = setting(10.0, "minutes between saves, besides those at evaluations",
+    save_minutes: float = setting(10.0, "minutes between saves; every evaluation saves too",
                                   FloatRange(0, min_open=True))
 
 
@@ -233,8 +234,9 @@ class SampleConfig(Settings):
     dry_multiplier: float = setting(0.0, "above 0: penalise verbatim repetition of phrases (DRY); 0: off",
                                     FloatRange(0, 100))
     dry_base: float = setting(1.75, "DRY: growth of the penalty per repeated token", FloatRange(1, 100))
-    dry_allowed_length: int = setting(3, "DRY: tokens that may repeat without penalty", IntRange(1))
-    seed: int | None = setting(None, "repeat exactly the same text; random if omitted", IntRange(0, 2**63 - 1))
+    dry_allowed_length: int = setting(3, "DRY: length of a repetition without penalty", IntRange(1))
+    seed: int | None = setting(None, "random seed: the same one gives the same text  [default: random]",
+                              IntRange(0, 2**63 - 1))
 
 
 @dataclass(frozen=True)
@@ -243,14 +245,14 @@ class CorpusConfig(Settings):
 
     dataset: str = setting("roneneldan/TinyStories", "a name on the Hugging Face Hub (owner/name, or "
                            "owner/name:configuration), a local file or folder (txt, json, jsonl, csv, parquet), or "
-                           "sample: the built-in corpus", STRING, group="Corpus", metavar="NAME")
-    text_field: str = setting("text", "column that holds the text, where there are columns", STRING, metavar="NAME")
+                           "'sample', the built-in corpus", STRING, group="Corpus", metavar="NAME")
+    text_field: str = setting("text", "column that holds the text (not for txt)", STRING, metavar="NAME")
     vocab_size: int | None = setting(None, "vocabulary size  [default: 4096; 512 for sample]", IntRange(260, 65536))
-    tokenizer: str | None = setting(None, "use this vocabulary (such as data/tok4096.model) instead of training one; "
-                                    "train.py --init-from needs that", STRING, metavar="FILE")
+    tokenizer: str | None = setting(None, "use this tokenizer (such as data/tok4096.model) instead of training one; "
+                                    "required before train.py --init-from", STRING, metavar="FILE")
     num_files: int = setting(50, "the corpus is cut into 50 equal files; use the first N", IntRange(1, 50))
     sample_rate: float = setting(1.0, "fraction of the stories of those files to keep", FloatRange(0, 1, min_open=True))
-    seed: int = setting(1337, "seed of that choice of stories", IntRange(0, 2**63 - 1))
+    seed: int = setting(1337, "seed of the choice by --sample-rate", IntRange(0, 2**63 - 1))
     data_dir: str = setting("data", "folder for the prepared corpus", STRING, metavar="FOLDER")
 
 

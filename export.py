@@ -230,7 +230,7 @@ def check_output(output, format, checkpoint_path, overwrite):
 @click.option("--out-dir", default="out", metavar="FOLDER", help="folder of a training run  [default: out]")
 @click.option("--overwrite", is_flag=True, help="replace an earlier export")
 def main(format, output, checkpoint_path, out_dir, overwrite):
-    """Write a trained model in the format of another program.
+    """Convert a trained model to the format of another program.
 
     hf and gguf need rotary positions (--preset llama or demo): the model becomes a Llama, with QK-norm a Qwen3.
     """

@@ -179,14 +179,14 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
 @click.argument("run", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out-dir", type=click.Path(path_type=Path), metavar="RUN", help="the same as RUN")
+@click.option("--out-dir", type=click.Path(path_type=Path), metavar="RUN", help="another way to give RUN")
 @click.option("--output", type=click.Path(path_type=Path),
               help="picture to write, .png or .svg  [default: loss_curve.png in the first RUN]")
 @click.option("--x", type=click.Choice(list(X_AXES)), default="iteration", help="x axis  [default: iteration]")
 @click.option("--smooth", type=click.IntRange(1), metavar="N",
-              help="training lines averaged into each point  [default: a fiftieth of them]")
+              help="log lines averaged per point  [default: a fiftieth of them]")
 @click.option("--panel", "panels", multiple=True, type=click.Choice(PANELS),
-              help="one more panel below; repeatable")
+              help="add a panel; may be given several times")
 @click.option("--log-x", is_flag=True, help="logarithmic x axis")
 @click.option("--log-y", is_flag=True, help="logarithmic loss axis")
 def main(run, out_dir, output, x, smooth, panels, log_x, log_y):

@@ -246,7 +246,7 @@ def latest_commit(name):
 
 
 def hub_rows(config, folder, commit):
-    """({split: Dataset}, metadata) of a data set on the Hugging Face Hub. `datasets` keeps the download in its cache."""
+    """({split: Dataset}, metadata) of a data set on the Hub. `datasets` keeps the download in its cache."""
     datasets = import_datasets()
     name, _, configuration = config.dataset.partition(":")
     try:
@@ -389,7 +389,7 @@ def cut_story(stories, number, limit):
     from datasets import Dataset, concatenate_datasets
     first, end = np.append(np.flatnonzero(stories.starts), len(stories.index))[number:number + 2]
     sizes = np.cumsum(stories.row_bytes[stories.index[first:end]][::-1])  # from the end
-    first = end - 1 - min(int(np.searchsorted(sizes, 2 * limit)), end - first - 1)  # the rows before it stay as they are
+    first = end - 1 - min(int(np.searchsorted(sizes, 2 * limit)), end - first - 1)  # the row to start from
     data = "".join(stories.rows[stories.index[first:end]]["text"]).encode()
     cut = latest = len(data) - limit
     for mark in (b"\n\n", b"\n", b" "):
@@ -678,16 +678,19 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @click.group(context_settings=CONTEXT_SETTINGS)
 def main():
-    """Prepare a corpus for train.py: collect the stories, train a vocabulary, write token ids."""
+    """Prepare a corpus for train.py: read or download the stories, train a vocabulary, write token ids."""
 
 
 @main.command("prepare-dataset", cls=Command)
 @setting_options(CorpusConfig)
 @click.option("--workers", type=click.IntRange(1, 1024), default=CORES, metavar="N",
-              help="threads that encode  [default: all cores]")
+              help="encoding threads  [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="replace a corpus that was prepared with other arguments")
 def prepare_dataset(workers, overwrite, **values):
-    """Prepare a corpus. If interrupted, rerun the same command to resume."""
+    """Prepare a corpus: read or download the stories, train a vocabulary, write token ids.
+
+    If interrupted, rerun the same command to resume.
+    """
     config = CorpusConfig(**only_fields(CorpusConfig, values))
     try:
         with folder_lock(config.data_dir):

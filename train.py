@@ -185,7 +185,7 @@ def grad_accum_steps(config, block_size, batch_size):
 
 
 def try_iteration(forward, batch_size, run):
-    """Peak bytes of an iteration of one micro-batch of random tokens. Its update is skipped, so that nothing changes."""
+    """Peak bytes of an iteration of one micro-batch of random tokens, whose update is skipped: nothing changes."""
     config, device, cuda = run.model.config, run.device, run.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -633,7 +633,8 @@ def describe(run, batch_size):
     group = run.optimizer.param_groups[-1]
     rate = group["initial_lr"] * lr_multiplier(run.state.iter, config)
     if run.state.iter and rate > 2 * group["lr"]:  # a finished run is resumed with more iterations
-        print0(f"Note: the learning rate rises again, from {group['lr']:.1e} to {rate:.1e}, so the loss rises first, too.")
+        print0(f"Note: the learning rate rises again, from {group['lr']:.1e} to {rate:.1e}, and with it at first the "
+               "loss.")
 
 
 def prepare_out_dir(run, overwrite):
@@ -667,19 +668,20 @@ def out_of_memory_message(run, batch_size):
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
 @click.option("--preset", type=click.Choice(list(PRESETS)),
-              help="settings by purpose; the defaults below are those of rtx3050")
+              help="a set of defaults; those below are of rtx3050")
 @click.option("--resume", is_flag=True, help="resume the run in --out-dir")
 @click.option("--init-from", type=click.Path(path_type=Path), metavar="FILE",
               help="fine-tune: start from the weights of a checkpoint, on text prepared with its tokenizer "
               "(preprocess.py --tokenizer)")
 @click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
-@click.option("--plan", is_flag=True, help="train nothing; measure memory and duration of a few iterations")
+@click.option("--plan", is_flag=True,
+              help="measure memory and speed in a few iterations, print how long the run would take, and exit")
 @setting_options(GPTConfig, TrainConfig)
 def main(preset, resume, init_from, overwrite, plan, **given):
     """Train a GPT on the corpus that preprocess.py prepared.
 
     Writes ckpt.pt (for --resume), best.pt (for chat.py), metrics.jsonl (for plot_loss.py) and config.json to --out-dir.
-    Ctrl-C saves and stops.
+    Ctrl-C saves and stops. For several GPUs: torchrun --standalone --nproc-per-node=2 train.py
     """
     given = {name: value for name, value in given.items() if value is not None}
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
