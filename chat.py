@@ -15,9 +15,7 @@ import os
 import re
 import secrets
 import select
-import shutil
 import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,8 @@ from pathlib import Path
 import click
 import torch
 
-from config import CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields, setting_options
+from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields, setting_options,
+                    wrapped)
 from data import CONTROL_CHARACTERS, Tokenizer
 from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
 
@@ -56,10 +55,8 @@ def print_text(text):
 
 def print_note(text):
     """Print anything else, on a terminal wrapped and dim."""
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        text = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n"))
-    click.echo(click.style(text, dim=True), err=True, color=False if os.environ.get("NO_COLOR") else None)
+    text = click.style(wrapped(text, sys.stderr), dim=True)
+    click.echo(text, err=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
 # -----------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,6 +30,9 @@ IGNORE_INDEX = -1  # target of a position where nothing is predicted
 class UserError(click.ClickException):
     """A problem with the user's files, machine or flags. The message names it and ends with what to type next."""
 
+    def show(self, file=None):
+        click.echo(wrapped(f"Error: {self.format_message()}", sys.stderr), err=True)
+
 
 def short_message(error):
     """The first line of another library's error, for use inside one of ours."""
@@ -37,6 +42,24 @@ def short_message(error):
 def quoted(text):
     """`text` as one word of a command, in double quotes (which sh, cmd and PowerShell share) where it needs them."""
     return str(text) if re.fullmatch(r"[\w./\\:=+~-]+", str(text)) else f'"{text}"'
+
+
+BREAKABLE = str.maketrans("\u00a0\u2011", " -")
+
+
+def unbreakable(pattern, text):
+    """`text` with a space and a hyphen at which no line is broken, wherever `pattern` matches. BREAKABLE undoes it."""
+    return re.sub(pattern, lambda match: match[0].replace(" ", "\u00a0").replace("-", "\u2011"), text)
+
+
+def wrapped(text, stream):
+    """`text` for `stream`: on a terminal, lines are broken between words, and never inside a command to type."""
+    if not stream.isatty():
+        return text
+    text = unbreakable(r"(python|pip|torchrun) [^`\n]*", text)
+    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns - 1, break_long_words=False,
+                                   break_on_hyphens=False)
+    return "\n".join(map(wrapper.fill, text.split("\n"))).translate(BREAKABLE)
 
 
 # -----------------------------------------------------------------------------
@@ -312,14 +335,8 @@ class Command(click.Command):
                 sections.setdefault(getattr(parameter, "group", "This command"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
-                formatter.write_dl([(name, re.sub(r"\S*-\S*|\[default: \S*", unbreakable, help))
-                                    for name, help in records])
-        formatter.buffer = [text.translate({0xa0: " ", 0x2011: "-"}) for text in formatter.buffer]
-
-
-def unbreakable(match):
-    """The text with a space and a hyphen at which click breaks no line."""
-    return match[0].replace(" ", "\u00a0").replace("-", "\u2011")
+                formatter.write_dl([(name, unbreakable(r"\S*-\S*|\[default: \S*", help)) for name, help in records])
+        formatter.buffer = [text.translate(BREAKABLE) for text in formatter.buffer]
 
 
 class SettingOption(click.Option):

@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig, SampleConfig, TrainConfig, UserError,
-                    atomic_write, flag, folder_lock, only_fields, quoted, setting_options, short_message)
+                    atomic_write, flag, folder_lock, only_fields, quoted, setting_options, short_message,
+                    wrapped)
 from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command
 from model import GPT, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, save_checkpoint
 
@@ -48,7 +49,7 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, def
 def print0(text):
     """Print in the first process only, above the progress bar."""
     if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(wrapped(text, sys.stdout), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -324,12 +325,13 @@ class Log:
         self.write(state, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
         self.last = state.iter, state.seconds
-        line = f"loss {loss:.3f}, lr {lr:.1e}, {format_count(rate)} tokens/s"
+        line = f"loss {loss:.3f}"
         if self.first_line:  # by the wall clock, so that evaluations count and compiling does not
             started, at = self.first_line
             each = (time.monotonic() - started) / (state.iter - at)
             line += f", {format_seconds(each * (self.config.max_iters - state.iter))} left"
         self.first_line = self.first_line or (time.monotonic(), state.iter)
+        line += f", {format_count(rate)} tokens/s, lr {lr:.1e}"  # a narrow terminal cuts the end
         line += f", {memory / 1024:.1f} GiB" if memory else ""
         line += f", {state.skipped} skipped" if state.skipped else ""
         if self.bar.disable:

@@ -16,7 +16,7 @@ from conftest import ROOT
 import config
 from config import (CONTEXT_SETTINGS, OTHER_NAMES, PRESETS, Command, CorpusConfig, GPTConfig, SampleConfig, TrainConfig,
                     UserError, atomic_write, flag, folder_lock, only_fields, quoted, replace_file, setting_options,
-                    short_message)
+                    short_message, wrapped)
 
 CLASSES = [GPTConfig, TrainConfig, SampleConfig, CorpusConfig]
 NAN, INF = float("nan"), float("inf")
@@ -395,6 +395,32 @@ def test_an_error_of_the_disk_is_one_line_that_names_the_file():
     result = outcome(lambda: open("no/such/file"))
     assert result.exit_code == 1
     assert result.output == "Error: no/such/file: No such file or directory. Fix this and rerun.\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_on_a_terminal_lines_are_broken_between_words_and_never_inside_a_command(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    commands = ["python train.py --resume --batch-size 16 --out-dir \"my run\"", "python chat.py"]
+    text = (f"Out of memory with micro-batches of 32 x 256. Rerun with less, which leaves the learning as it is (type "
+            f"`{commands[0]}`, or wait), then talk to it: {commands[1]}\n  a table  of two columns")
+    lines = wrapped(text, Terminal()).split("\n")
+    assert all(any(command in line for line in lines) for command in commands)
+    assert all(len(line) < columns or commands[0] in line for line in lines) and len(lines) > 3
+    assert " ".join(lines[:-1]) == text.split("\n")[0] and lines[-1] == "  a table  of two columns"
+    assert wrapped(text, io.StringIO()) == text
+
+
+def test_an_error_is_wrapped_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    UserError("no checkpoint in out: train a model with `python train.py`, or name one with --checkpoint.").show()
+    assert sys.stderr.getvalue() == ("Error: no checkpoint in out: train a\nmodel with `python train.py`, or name\n"
+                                     "one with --checkpoint.\n")
 
 
 def test_a_reader_that_closes_our_output_ends_the_command_quietly():
