@@ -345,7 +345,7 @@ def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir,
     if prompt is None and not sys.stdin.isatty():
         prompt = read_piped()
         if not prompt:
-            return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt ""')
+            return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt=""')
     if prompt is None and (num_samples > 1 or as_json):
         raise click.UsageError("--num-samples and --json need a text: add --prompt TEXT, or pipe one in.")
     loaded = LoadedModel(checkpoint or find_checkpoint(out_dir), device, dtype)
