@@ -31,7 +31,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, Command, CorpusConfig, UserError, atomic_write, flag, folder_lock, only_fields,
-                    replace_file, setting_options, short_message)
+                    replace_file, setting_options, short_message, wrapped)
 from data import Corpus, Tokenizer, chunks, read_json
 
 PARTS = 50                          # the corpus is cut into this many equal parts ("files"), one shard each
@@ -221,46 +221,78 @@ def local_rows(config, folder):
 
 
 def import_datasets():
-    """The `datasets` library, without its log lines: errors are reported here, once."""
+    """The `datasets` library, set up so that no request to the Hub waits for long without a line that says so."""
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # read at import; Xet retries silently for minutes
     import datasets
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    import huggingface_hub
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported here, once
+    for handler in logging.getLogger("huggingface_hub").handlers:  # says when it retries
+        handler.setFormatter(logging.Formatter("%(message).200s"))  # the address of a download is a screenful
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    if hasattr(huggingface_hub, "set_client_factory"):  # the list of files would be requested without a time limit
+        session = huggingface_hub.get_session()
+        limit = dict.fromkeys(("connect", "read", "write", "pool"), huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hooks = [*session.event_hooks["request"], lambda request: request.extensions.update(timeout=limit)]
+        huggingface_hub.set_client_factory(
+            lambda: type(session)(event_hooks={"request": hooks}, follow_redirects=True))
     return datasets
 
 
 def latest_commit(name):
     """The newest commit of a data set on the Hub, asked once: without network `datasets` retries for half a minute."""
+    import_datasets()
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     other = "pass --dataset sample for the built-in corpus, or --dataset with a local file or folder"
     try:
-        return HfApi().dataset_info(name, timeout=20).sha
+        info = HfApi().dataset_info(name, timeout=20)
     except RepositoryNotFoundError as error:
         raise UserError(f"there is no data set {name} on the Hugging Face Hub, or it needs a login (`hf auth login`): "
                         f"check the name, or {other}.") from error
     except Exception as error:  # the libraries underneath raise anything
-        raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({short_message(error)}): check the "
-                        f"network, or {other}.") from error
+        reason = short_message(str(error).partition("\n\n")[2] or error)  # after the number of the request
+        refused = re.search("401 Unauthorized|403 Forbidden", str(error))
+        fix = "log in with `hf auth login`" if refused else "check the network and rerun"
+        raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({reason}): {fix}, or {other}.") from error
+    if "/" not in name:  # `datasets` requires an owner
+        raise UserError(f"the full name of {name} is {info.id}: pass --dataset {info.id}.")
+    return info.sha
 
 
 def hub_rows(config, folder, commit):
     """({split: Dataset}, metadata) of a data set on the Hub. `datasets` keeps the download in its cache."""
+    def stop(*_):  # KeyboardInterrupt would wait for the threads that download, up to a minute
+        click.echo("\nStopped. Rerun the same command to resume.", err=True)
+        os._exit(130)
+
     datasets = import_datasets()
     name, _, configuration = config.dataset.partition(":")
+    default_handler = signal.signal(signal.SIGINT, stop)
     try:
         builder = datasets.load_dataset_builder(name, configuration or None, revision=commit)
         if builder.name == "text":  # datasets would make every line a story
             from huggingface_hub import snapshot_download
             copy = snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns="*.txt")
-            return local_rows(replace(config, dataset=copy), folder)
-        splits = datasets.load_dataset(name, configuration or None, revision=commit)
-    except UserError:
-        raise
+        else:
+            splits = datasets.load_dataset(name, configuration or None, revision=commit)
     except Exception as error:  # the libraries underneath raise anything
-        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({short_message(error)}): rerun "
-                        "to resume, or choose a configuration with --dataset owner/name:configuration.") from error
+        while error.__cause__ and not hasattr(error, "response"):  # down to the reason, or the server's own words
+            error = error.__cause__
+        reason = str(error)
+        if listed := re.search(r"(?s)config.*\['(.+?)'\]", reason, re.I):
+            names = listed[1].split("', '")
+            raise UserError(f"{name} has the configurations {', '.join(names)}: choose one, such as --dataset "
+                            f"{name}:{names[0]}.") from error
+        fix = "rerun to resume, or pass --dataset sample for the built-in corpus"
+        if "gated" in reason:
+            fix = f"accept its terms at https://huggingface.co/datasets/{name}, log in with `hf auth login`, then rerun"
+        reason = short_message(reason.partition("\n\n")[2] or reason)
+        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({reason}): {fix}.") from error
+    finally:
+        signal.signal(signal.SIGINT, default_handler)
+    if builder.name == "text":
+        return local_rows(replace(config, dataset=copy), folder)
     field, columns = config.text_field, next(iter(splits.values())).features
     if field not in columns or "string" not in str(getattr(columns[field], "dtype", None)):  # a list has no dtype
         raise UserError(f"{config.dataset} has no text column {field!r}, but {', '.join(columns)}: choose one with "
@@ -658,10 +690,10 @@ def report(data_dir, meta):
     for reason, (stories, size) in meta["left_out"].items():
         click.echo(f"left out: {stories:,} {'story' if stories == 1 else 'stories'} ({size:,} bytes) {reason}")
     if meta.get("files"):
-        click.echo(f"read: {meta['files']:,} files of {meta['source']}")
+        click.echo(wrapped(f"read: {meta['files']:,} files of {meta['source']}", sys.stdout))
     if unread := meta.get("unread"):
         names = ", ".join(Path(name).name for name in unread[:5]) + (", ..." if len(unread) > 5 else "")
-        click.echo(f"not read: {len(unread):,} other files ({names})")
+        click.echo(wrapped(f"not read: {len(unread):,} other files ({names})", sys.stdout))
     click.echo(f"vocabulary: {meta['vocab_size']:,} tokens, {data_dir / meta['tokenizer']['file']}")
 
 

@@ -3,10 +3,10 @@
 Imitated, checked against huggingface_hub 2.4, datasets 5.2 and stored answers of the Hub:
   GET  /api/datasets/ID[/revision/REV]       commit and full name; 307 where the name is another
   GET  /api/datasets/ID/tree/REV[/FOLDER]    the files, with git and LFS ids
-  POST /api/datasets/ID/paths-info/REV
   HEAD, GET /datasets/ID/resolve/REV/PATH    a small file: 307 to /api/resolve-cache; a large one (LFS): 302 to the CDN
-  HEAD, GET /cdn/OID                         on a port of its own, since the CDN is another host; with Range: 206
-and the errors, with X-Error-Code. A data set of which nobody may know is 401 to a client without a token.
+  HEAD, GET /cdn/OID                         on a port of its own, since the CDN is another host
+and the errors, with X-Error-Code. A data set that does not exist is 401, since it could be private.
+Xet is advertised, as the Hub does, but a client that uses it is refused.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ LFS_NAMES = (".parquet", ".gz")
 
 
 class Hub:
-    """The server and what it holds. Used as a context; `log` has one (method, path, bytes sent) per request.
+    """The server and what it holds, as a context. `log` has a (method, path, bytes sent) for each answered request,
+    `stalled` counts those that a fault keeps waiting.
 
     `faults` are dicts; the first whose regular expression `on` is found in "METHOD /path", and that is past `skip`
     matches and has been used less than `times` times, decides:
@@ -33,7 +34,8 @@ class Hub:
     def __init__(self):
         self.commits = {}                       # {name: {commit: {path: bytes}}}, the newest last
         self.gated, self.renamed = set(), {}    # names; {old name: new name}
-        self.faults, self.log, self.blobs, self.lock, self.closing = [], [], {}, threading.Lock(), threading.Event()
+        self.faults, self.log, self.blobs, self.stalled = [], [], {}, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
         handler = type("HubHandler", (Handler,), dict(hub=self))
         self.servers = [Server(("127.0.0.1", 0), handler), Server(("127.0.0.1", 0), handler)]
         self.address, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
@@ -88,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.log.append((self.command, unquote(urlsplit(self.path).path), self.sent))
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def send(self, status, headers=(), body=b""):
         self.send_response(status)
@@ -104,8 +106,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.sent = len(body)
         if self.fault.get("do") == "stall":
-            self.hub.closing.wait()
+            self.stall()
         self.close_connection |= broken
+
+    def stall(self):
+        with self.hub.lock:
+            self.hub.stalled += 1
+        self.hub.closing.wait()
+        self.close_connection = True
 
     def send_object(self, value):
         self.send(200, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode())
@@ -119,48 +127,41 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, {"Location": location} | dict(headers), b"Redirecting")
 
     def answer(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        posted = parse_qs(self.rfile.read(length).decode())
         if self.fault.get("do") == "status":
             return self.send(self.fault["status"], self.fault.get("headers", {}))
         if self.fault.get("do") == "stall" and self.fault["after"] is None:
-            self.close_connection = True
-            return self.hub.closing.wait()
+            return self.stall()
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch("/cdn/(.+)|/api/resolve-cache/.+/(.+?)/.+", path):
             return self.send_file(match[1] or parse_qs(urlsplit(self.path).query)["etag"][0].strip('"'))
-        for pattern, method in ((f"/api/datasets/{ID}/(revision|tree|paths-info)/([^/]+)/?(.*)", self.api),
+        for pattern, method in ((f"/api/datasets/{ID}/(revision|tree)/([^/]+)/?(.*)", self.api),
                                 (f"/datasets/{ID}/(resolve)/([^/]+)/(.+)", self.resolve),
                                 (f"/api/datasets/{ID}()()()", self.api)):
             if match := re.fullmatch(pattern, path):
                 name, verb, revision, below = match.groups()
-                if (found := self.find(name, verb, revision or "main")):
-                    method(name, verb, *found, below, posted)
+                if found := self.find(name, verb, revision or "main"):
+                    method(name, verb, *found, below)
                 return None
         return self.refuse(404, None, "Sorry, we can't find the page you are looking for.")
 
     def find(self, name, verb, revision):
         """(commit, its files), or None after the answer that tells why not."""
-        commits, token = self.hub.commits.get(name), self.headers.get("Authorization")
+        commits = self.hub.commits.get(name)
         if new := self.hub.renamed.get(name):
             return self.redirect(307, self.path.replace(name, new, 1))
-        if commits is None and token:
-            return self.refuse(404, "RepoNotFound", "Repository not found")
-        if commits is None:
-            return self.refuse(401, None, "Invalid username or password.")
+        if commits is None:  # the Hub sends no code here: over https, huggingface_hub takes it for this one
+            return self.refuse(401, "RepoNotFound", "Invalid username or password.")
         if name in self.hub.gated and verb == "resolve":
-            return self.refuse(403 if token else 401, "GatedRepo", f"Access to dataset {name} is restricted.")
+            return self.refuse(401, "GatedRepo", f"Access to dataset {name} is restricted.")
         commit = [*commits][-1] if revision == "main" else revision
         if commit not in commits:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit, commits[commit]
 
-    def api(self, name, verb, commit, files, below, posted):
+    def api(self, name, verb, commit, files, below):
         if verb in ("", "revision"):
             return self.send_object(dict(id=name, sha=commit, private=False, gated="auto" if name in self.hub.gated else
                                          False, siblings=[dict(rfilename=path) for path in files], tags=[]))
-        if verb == "paths-info":
-            return self.send_object([entry(path, files[path]) for path in posted.get("paths", []) if path in files])
         prefix = below + "/" if below else ""
         inside = [path for path in files if path.startswith(prefix)]
         if not inside:
@@ -172,25 +173,23 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_object([row for row in rows if row["path"].startswith(prefix)
                                  and (recursive or "/" not in row["path"][len(prefix):])])
 
-    def resolve(self, name, verb, commit, files, path, posted):
+    def resolve(self, name, verb, commit, files, path):
         if path not in files:
             return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         oid = object_id(path, files[path])
         linked = {"X-Repo-Commit": commit, "X-Linked-Size": len(files[path]), "X-Linked-ETag": f'"{oid}"'}
         if path.endswith(LFS_NAMES):
+            token = f"{self.hub.address}/api/datasets/{name}/xet-read-token/{commit}"
+            linked |= {"X-Xet-Hash": oid, "Link": f'<{token}>; rel="xet-auth"'}
             return self.redirect(302, f"{self.hub.cdn}/cdn/{oid}", linked)
         place = f"/api/resolve-cache/datasets/{name}/{commit}/{quote(path, safe='')}?etag=%22{oid}%22"
         return self.redirect(307, place, linked)
 
     def send_file(self, oid):
-        data, status, headers = self.hub.blobs[oid], 200, {"Accept-Ranges": "bytes", "ETag": f'"{oid}"'}
+        headers = {"ETag": f'"{oid}"'}
         if re.fullmatch("[0-9a-f]{40}", oid):
             headers["X-Repo-Commit"] = re.search("/([0-9a-f]{40})/", self.path)[1]
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-            headers["Content-Range"], status = f"bytes {first}-{last}/{len(data)}", 206
-            data = data[first:last + 1]
-        self.send(status, headers, data)
+        self.send(200, headers, self.hub.blobs[oid])
 
 
 def entry(path, data):

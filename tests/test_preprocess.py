@@ -1022,8 +1022,7 @@ def test_what_the_hub_cannot_give_is_said_in_one_line(hub, tmp_path, monkeypatch
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
     monkeypatch.setattr(datasets, "load_dataset", fails)
     line = refused("owner/tales", tmp_path / "third")
-    assert "owner/tales could not be read" in line and "Config name is missing." in line
-    assert "owner/name:configuration" in line and "rerun to resume" in line
+    assert "owner/tales has the configurations a, b" in line and "--dataset owner/tales:a." in line
     assert "does not exist" in refused("no such name", tmp_path / "fourth")
 
 
