@@ -144,7 +144,7 @@ class Session:
     stops: tuple
     keep_context: bool
     story: str = ""  # what keep-context carries
-    context: int = 0  # tokens of the last prompt and its continuation
+    context_tokens: int = 0  # of the last prompt and its continuation
     last: tuple | None = None  # for /retry: the story before the last turn, its text and its seed
 
     def write(self, text, count=1, as_json=False, seed=None):
@@ -184,13 +184,13 @@ class Session:
 
     def print_statistics(self, replies, prompt_tokens, seed, seconds):
         tokens, block_size = [reply.tokens for reply in replies], self.loaded.block_size
-        before, self.context = self.context, prompt_tokens + max(tokens)
-        if before <= block_size < self.context:
+        before, self.context_tokens = self.context_tokens, prompt_tokens + max(tokens)
+        if before <= block_size < self.context_tokens:
             print_note(f"The text has outgrown the model's window of {block_size} tokens: it sees only the last part.")
         stops = Counter(reply.stop for reply in replies)
         why = ", ".join(f"{n} x {stop}" if len(replies) > 1 else stop for stop, n in stops.items())
         print_note(f"[{sum(tokens):,} tokens, {sum(tokens) / seconds:,.0f} tokens/s, {why}, context "
-                   f"{min(self.context, block_size)} of {block_size}, seed {seed}]")
+                   f"{min(self.context_tokens, block_size)} of {block_size}, seed {seed}]")
 
     def options(self):
         """{name: value} of what /set can change, as it is typed."""
@@ -247,7 +247,7 @@ def run_command(session, command, argument=""):
     if command == "/help":
         print_note(HELP)
     elif command == "/show":
-        used, block_size = session.context if session.keep_context else 0, session.loaded.block_size
+        used, block_size = session.context_tokens if session.keep_context else 0, session.loaded.block_size
         print_note(f"{session.loaded.description} The story so far takes {used} of {block_size} tokens.")
         print_note("\n".join(f"{name} = {value}" for name, value in options.items()))
     elif command == "/set":
@@ -264,7 +264,7 @@ def run_command(session, command, argument=""):
     elif command == "/retry":
         print_note("There is nothing to regenerate yet: type a text.")
     elif command == "/reset":
-        session.story, session.context, session.last = "", 0, None
+        session.story, session.context_tokens, session.last = "", 0, None
         print_note("A new story begins.")
     else:
         print_note(f"{command} is not a command: /help lists them. To begin a text with a slash, type //.")

@@ -101,12 +101,8 @@ def replace_file(source, target, seconds=10):
 def folder_lock(folder):
     """Keep every other run out of `folder`. The operating system drops the lock when the process ends, in any way."""
     path = Path(folder) / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Choose a folder that can be written.") from error
-    with file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,10 +123,11 @@ def setting(default, help, type, *, group=None, metavar=None):
     return field(default=default, metadata=dict(help=help, type=type, group=group, metavar=metavar))
 
 
-# Settings as earlier versions spell them, in checkpoints too, and as users of nanoGPT and smolGPT type them.
-OTHER_NAMES = {"min_lr_share": "min_lr_ratio", "decay_share": "decay_fraction", "min_lr": "min_lr_ratio",
-               "checkpoint_activations": "activation_checkpointing", "lr": "learning_rate", "n_embed": "n_embd",
-               "gradient_accumulation_steps": "tokens_per_iter"}
+# Settings as checkpoints and command lines of earlier versions spell them, and what users of nanoGPT type.
+RENAMED = {"min_lr_share": "min_lr_ratio", "decay_share": "decay_fraction",
+           "checkpoint_activations": "activation_checkpointing"}
+OTHER_FLAGS = RENAMED | {"lr": "learning_rate", "min_lr": "min_lr_ratio", "n_embed": "n_embd",
+                         "gradient_accumulation_steps": "tokens_per_iter"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ class Settings:
     def from_dict(cls, values, path):
         """The settings in a dict that was read from the file `path`. UserError if they are not of this version."""
         try:
-            return cls(**{OTHER_NAMES.get(name, name): value for name, value in values.items()})
+            return cls(**{RENAMED.get(name, name): value for name, value in values.items()})
         except (AttributeError, TypeError, UserError) as error:
             raise UserError(f"{path}: its settings are damaged or of another version ({short_message(error)}): use "
                             "another file, or train again with `python train.py`.") from error
@@ -309,7 +306,7 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if new := OTHER_NAMES.get(error.option_name[2:].replace("-", "_")):
+            if new := OTHER_FLAGS.get(error.option_name[2:].replace("-", "_")):
                 raise click.UsageError(f"there is no {error.option_name}: use {flag(new)}.", ctx) from None
             raise
 
@@ -322,6 +319,9 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             ctx.exit(130)  # as shells report Ctrl-C
+        except ModuleNotFoundError as error:
+            package = error.name.partition(".")[0]
+            raise UserError(f"cannot import {package}: pip install {package}") from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has closed it: click exits quietly
                 raise

@@ -1,6 +1,5 @@
 """The prepared corpus: the tokenizer, the token ids in data/*.bin, and the batches that train.py reads from them."""
 
-import codecs
 import hashlib
 import json
 import math
@@ -77,14 +76,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of `ids`, without control tokens."""
-        return "".join(self.decode_stream(ids))
-
-    def decode_stream(self, ids):
-        """Yield the text of each of `ids` as it arrives; a character spelled in several tokens comes with the last."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in ids:
-            yield decoder.decode(self.token_bytes[int(i)])
-        yield decoder.decode(b"", final=True)
+        return b"".join(self.token_bytes[int(i)] for i in ids).decode("utf-8", "replace")
 
 
 # -----------------------------------------------------------------------------

@@ -1,15 +1,13 @@
 """A trained model in the formats of other programs: Hugging Face transformers (hf) and llama.cpp (gguf)."""
 
 import contextlib
-import importlib
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import click
 
-from config import CONTEXT_SETTINGS, Command, SampleConfig, UserError, atomic_write, quoted, replace_file, short_message
+from config import CONTEXT_SETTINGS, Command, SampleConfig, UserError, atomic_write, quoted
 from data import Tokenizer
 from model import NORM_EPS, ROPE_BASE, find_checkpoint, load_checkpoint, save_checkpoint
 
@@ -58,21 +56,8 @@ def max_new_tokens(config):
     return min(SAMPLING.max_new_tokens, config.block_size * 3 // 4)
 
 
-def import_optional(module):
-    """A module that only one format needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise UserError(f"cannot import {package} ({short_message(error)}): pip install {package}") from error
-
-
 # -----------------------------------------------------------------------------
 # Hugging Face: a folder that AutoModelForCausalLM and AutoTokenizer load
-
-HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-            "tokenizer.model", "tokenizer_config.json"}
-
 
 def tokenizer_json(processor):
     """SentencePiece's BPE for the library tokenizers: no space is added in front, but bos is (add_special_tokens)."""
@@ -127,18 +112,14 @@ def hf_json(config, processor):
 
 
 def write_hf(output, model, tokenizer):
-    files, save = hf_json(model.config, tokenizer.processor), import_optional("safetensors.torch").save
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
-        folder = Path(temporary, "new")
-        folder.mkdir()
-        for name, values in files.items():
-            (folder / name).write_text(json.dumps(values, indent=1))
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        (folder / "model.safetensors").write_bytes(save(dict(renamed_weights(model, 0)), dict(format="pt")))
-        if output.exists():  # os.replace does not replace a folder with files in it
-            replace_file(output, Path(temporary, "old"))
-        replace_file(folder, output)
+    from safetensors.torch import save
+    files = hf_json(model.config, tokenizer.processor)
+    contents = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
+    contents["tokenizer.model"] = tokenizer.model_bytes
+    contents["model.safetensors"] = save(dict(renamed_weights(model, 0)), dict(format="pt"))
+    for name, data in contents.items():
+        with atomic_write(output / name) as file:
+            file.write(data)
     path = output.as_posix().replace("'", r"\'")
     return ("Try it (pip install transformers):\n  python -c \"from transformers import pipeline; "
             f"print(pipeline('text-generation', '{path}')('Once upon a time')[0]['generated_text'])\"")
@@ -148,7 +129,8 @@ def write_hf(output, model, tokenizer):
 # llama.cpp: one GGUF file
 
 def write_gguf(output, model, tokenizer):
-    gguf, kind = import_optional("gguf"), architecture(model.config)
+    import gguf
+    kind = architecture(model.config)
     config, processor, types = model.config, tokenizer.processor, gguf.TokenType
     ids, head_size = range(config.vocab_size), config.n_embd // config.n_head
     metadata = dict(
@@ -202,16 +184,11 @@ WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt, "tokenizer": writ
 
 
 def check_output(output, format, checkpoint_path, overwrite):
-    """UserError unless `output` may be written. --overwrite replaces an export, never a folder with other files."""
-    other_files = {path.name for path in output.iterdir()} - HF_FILES if output.is_dir() else set()
+    """UserError unless `output` may be written."""
     if output.resolve() == checkpoint_path.resolve():
         problem = "is the checkpoint itself:"
-    elif format == "hf" and output.is_file():
-        problem = "is a file, and hf is a folder:"
-    elif format != "hf" and output.is_dir():
-        problem = f"is a folder, and {format} is a file:"
-    elif other_files:
-        problem = f"contains {min(other_files)}, which no export writes:"
+    elif output.exists() and output.is_dir() != (format == "hf"):
+        problem = f"is a {'folder' if output.is_dir() else 'file'}, which {format} is not:"
     elif output.exists() and not overwrite:
         problem = "exists: add --overwrite to replace it, or"
     else:

@@ -234,8 +234,9 @@ class KVCache:
 class DecodeStep:
     """Reads one token per story and returns the logits of the next: GPT.forward as a straight line of fixed shapes.
 
-    On a CPU half of the time of GPT.forward is spent between its operations. On CUDA the step is captured once as a
-    graph and replayed, in a fraction of the time that launching its hundred kernels one by one takes.
+    It computes what GPT.forward computes, and a test compares them. On a CPU half of the time of GPT.forward is spent
+    between its operations. On CUDA the step is captured once as a graph and replayed, in a fraction of the time that
+    launching its hundred kernels one by one takes.
     """
 
     def __init__(self, model, batch_size):
@@ -246,13 +247,12 @@ class DecodeStep:
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.positions = torch.arange(model.config.block_size, device=weight.device)
         # Looked up once: on a CPU the attributes of modules take a tenth of a step.
-        self.layers = [(block.attn, block.ln_1.weight.data, matrix(block.attn.c_attn, batch_size),
-                        matrix(block.attn.c_proj, batch_size), block.ln_2.weight.data,
-                        matrix(block.mlp.c_fc, batch_size), matrix(block.mlp.c_proj, batch_size))
+        self.layers = [(block.attn, block.ln_1.weight.data, weights_of(block.attn.c_attn, batch_size),
+                        weights_of(block.attn.c_proj, batch_size), block.ln_2.weight.data,
+                        weights_of(block.mlp.c_fc, batch_size), weights_of(block.mlp.c_proj, batch_size))
                        for block in model.blocks]
-        self.lm_head = matrix(model.wte, batch_size)
+        self.lm_head = weights_of(model.wte, batch_size)
         self.graph = capture_graph(self.forward) if weight.is_cuda else None
-        self.next_position = None  # what self.position holds, as far as that is known on the CPU
 
     @staticmethod
     def make_key(model, batch_size):
@@ -285,19 +285,17 @@ class DecodeStep:
             gate, up = linear(rms_norm(x, ln_2), *c_fc).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, *mlp_proj)
         self.logits = linear(model.ln_f(x), *self.lm_head).float()  # (B, V)
-        self.position += 1
 
     def __call__(self, token):
         """Logits (B, V) after `token` (B,), which follows what the cache holds."""
         self.token.copy_(token)
-        if self.next_position != self.cache.length:
-            self.position.fill_(self.cache.length)
+        self.position.fill_(self.cache.length)
         self.graph.replay() if self.graph else self.forward()
-        self.cache.length = self.next_position = self.cache.length + 1
+        self.cache.length += 1
         return self.logits
 
 
-def matrix(module, batch_size):
+def weights_of(module, batch_size):
     """(weight, bias) of a module; for a single row the half-precision copies of prepare_for_inference, if any."""
     own = module.weight.data, getattr(module, "bias", None)
     # most CPUs multiply many half-precision rows slowly
@@ -385,8 +383,7 @@ def keep_top_p(logits, p):
     """Keep the fewest most likely tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020)."""
     probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
     before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))  # the sum that the more likely tokens already reach
-    p = max(p, 1e-30)  # in float32 smaller values are 0, which would leave no token
-    remove = before >= p
+    remove = (before >= p) & (before > 0)  # the most likely token stays, whatever p rounds to
     return logits.masked_fill(remove.scatter(1, order, remove), -math.inf)  # back in the order of the vocabulary
 
 
@@ -419,7 +416,8 @@ def sample_next_token(logits, context, sampling, eos_id, generator=None):
     if sampling.temperature == 0:
         return logits.argmax(-1)
     noise = torch.empty_like(logits).uniform_(generator=generator)
-    # -log(noise) / p is exponential with rate p, and the i-th is the smallest with probability p_i.
+    # -log(noise) / p is exponential with rate p, and the one of token i is the smallest with probability p_i. Minus its
+    # inverse, which is compared here, is the smallest for the same token.
     # (torch.multinomial draws the same way, but syncs with the device to check p, and is slower on a CPU.)
     return (logits.softmax(-1) / noise.log()).argmin(-1)
 

@@ -152,13 +152,10 @@ def write_table(path, files, text_field):
     """Read text files into one Arrow file: a row per story, several rows for a long one."""
     import pyarrow
     schema = pyarrow.schema([("text", pyarrow.string()), ("starts_story", pyarrow.bool_())])
-    total = sum(file.stat().st_size for file in files)
-    with (atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer,
-          tqdm(total=total, desc="reading", unit="B", unit_scale=True, **bar_options()) as bar):
-        for batch in row_batches(read_rows(files, text_field)):
-            texts, starts = map(list, zip(*batch))
-            writer.write_batch(pyarrow.record_batch([texts, starts], schema))
-            bar.update(sum(map(len, texts)))
+    rows = tqdm(read_rows(files, text_field), desc="reading", unit=" stories", **bar_options())
+    with atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for batch in row_batches(rows):
+            writer.write_batch(pyarrow.record_batch([*map(list, zip(*batch))], schema))
 
 
 def list_files(folder):

@@ -299,7 +299,7 @@ class Log:
     def __init__(self, path, config, state):
         """`path` None: nothing is written."""
         self.path, self.config = path if RANK == 0 else None, config
-        self.last, self.first_line = (state.iter, state.seconds), None
+        self.last_logged, self.first_logged = (state.iter, state.seconds), None
         self.bar = tqdm(total=config.max_iters, initial=state.iter, disable=None if RANK == 0 else True, leave=False,
                         dynamic_ncols=True, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
 
@@ -317,20 +317,20 @@ class Log:
                 raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then resume: "
                                 f"{command_line('train.py --resume', self.config.out_dir)}") from error
 
-    def training(self, state, loss, lr, norm, scale, device):
+    def log_training(self, state, loss, lr, norm, scale, device):
         """Write and show one line about the iterations since the last one; returns their tokens per second."""
-        iters, seconds = state.iter - self.last[0], state.seconds - self.last[1]
+        iters, seconds = state.iter - self.last_logged[0], state.seconds - self.last_logged[1]
         rate = iters * self.config.tokens_per_iter / max(seconds, 1e-9)
         memory = round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
         self.write(state, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
-        self.last = state.iter, state.seconds
+        self.last_logged = state.iter, state.seconds
         line = f"loss {loss:.3f}"
-        if self.first_line:  # by the wall clock, so that evaluations count and compiling does not
-            started, at = self.first_line
+        if self.first_logged:  # by the wall clock, so that evaluations count and compiling does not
+            started, at = self.first_logged
             each = (time.monotonic() - started) / (state.iter - at)
             line += f", {format_seconds(each * (self.config.max_iters - state.iter))} left"
-        self.first_line = self.first_line or (time.monotonic(), state.iter)
+        self.first_logged = self.first_logged or (time.monotonic(), state.iter)
         line += f", {format_count(rate)} tokens/s, lr {lr:.1e}"  # a narrow terminal cuts the end
         line += f", {memory / 1024:.1f} GiB" if memory else ""
         line += f", {state.skipped} skipped" if state.skipped else ""
@@ -490,7 +490,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                                                 or time.monotonic() - saved_at > 60 * config.save_minutes)
         if (eval_now or save_now) and not plan:
             state.loss_sum, state.skipped = loss_sum.item(), int(skipped)
-            check_progress(run, state.loss_sum, bad_iters, max_bad_iters)
+            check_finite(run, state.loss_sum, bad_iters, max_bad_iters)
             state.seconds += time.perf_counter() - started
             if eval_now:
                 run.evaluate(log, batch_size)
@@ -535,10 +535,10 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
         log_now = state.iter % config.log_interval == 0 or state.iter == config.max_iters
         if log_now:
             mean_loss, state.skipped = loss_sum.item() / state.loss_count, int(skipped)
-            check_progress(run, mean_loss, bad_iters, max_bad_iters)
+            check_finite(run, mean_loss, bad_iters, max_bad_iters)
             now = time.perf_counter()
             state.seconds, started = state.seconds + now - started, now
-            rate = log.training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(),
+            rate = log.log_training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(),
                                 device)
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
@@ -556,7 +556,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             stop_signal = request.item()
 
 
-def check_progress(run, loss, bad_iters, max_bad_iters):
+def check_finite(run, loss, bad_iters, max_bad_iters):
     """UserError where the loss, or too many gradients, were not finite. Such iterations have changed nothing."""
     if not math.isfinite(loss) or bad_iters > max_bad_iters:
         raise UserError(nonfinite_message(run, f"the loss or its gradient is not finite at iteration {run.state.iter}"))

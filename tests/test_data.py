@@ -157,29 +157,12 @@ def test_a_vocabulary_that_is_not_ours_is_refused_in_one_line_with_its_name(toke
 
 
 @CASES
-@given(TEXTS)
-@example("😀 你好 café\n")
-def test_streamed_text_equals_the_whole_and_no_character_is_torn(tokenizer, text):
-    pieces = list(tokenizer.decode_stream(document(tokenizer, text)))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
-
-
-@CASES
 @given(st.lists(st.integers(0, 399), max_size=40), st.lists(st.integers(3, 258), max_size=12))
 def test_ids_of_any_kind_become_the_text_of_their_bytes(tokenizer, ids, byte_ids):
     """Also bytes that are no UTF-8 with control tokens between them, as a young model writes."""
     for sequence in (ids, byte_ids, ids + byte_ids, byte_ids + ids):
         expected = b"".join(tokenizer.token_bytes[i] for i in sequence).decode("utf-8", "replace")
         assert tokenizer.decode(np.array(sequence, dtype=np.int64)) == expected
-
-
-def test_streaming_holds_back_at_most_one_character(tokenizer):
-    ids, arrived, shown = tokenizer.encode("ab 😀 cd 你 ю" * 20), 0, 0
-    assert (tokenizer.byte_lengths()[ids] == 1).any()
-    for i, piece in zip(ids, tokenizer.decode_stream(ids)):
-        arrived, shown = arrived + tokenizer.byte_lengths()[i], shown + len(piece.encode())
-        assert 0 <= arrived - shown <= 3
 
 
 # -----------------------------------------------------------------------------

@@ -194,7 +194,9 @@ def test_hf_files_have_what_old_and_new_transformers_read(hf):
 
 
 def test_hf_folder_has_the_listed_files_and_the_tokenizer_unchanged(hf, tokenizer):
-    assert {path.name for path in hf["llama"].iterdir()} == export.HF_FILES
+    assert {path.name for path in hf["llama"].iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer.model", "tokenizer_config.json"}
     assert (hf["llama"] / "tokenizer.model").read_bytes() == tokenizer.model_bytes
 
 
@@ -316,7 +318,6 @@ def test_an_earlier_export_is_replaced_only_with_overwrite(runs, tmp_path, forma
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--format", "hf", "--output", "own"], "contains letter.txt"),
     (["--format", "hf", "--output", "own/letter.txt"], "is a file"),
     (["--format", "gguf", "--output", "empty"], "is a folder"),
     (["--format", "pt", "--output", "out/best.pt"], "the checkpoint itself")])
@@ -342,7 +343,6 @@ def test_a_failure_midway_keeps_the_earlier_export_and_leaves_nothing_else(runs,
         return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fail(*args):
-        assert len(list(tmp_path.rglob("*"))) > len(before)  # half of the new export is there
         raise error
     before = contents()
     monkeypatch.setattr(safetensors, "save", fail)
