@@ -34,14 +34,16 @@ The model continues text; it does not answer questions.
 Type the beginning of a story, or Enter for one from nothing.
 /help lists the commands, /quit exits."""
 HELP = """\
-TEXT             the model continues it; Enter alone: a new story, or more of this one
-\"\"\"              starts and ends a text of several lines
+TEXT             continue it
+Enter            a new story, or more with --keep-context
+\"\"\"              begin and end a text of several lines
 //TEXT           a text that begins with a slash
-/set NAME VALUE  change a setting (/set temperature 0.8); without VALUE, show it
-/show            the checkpoint and all settings; chat.py --help explains them
-/retry           regenerate the last continuation with the next seed
+/set NAME VALUE  change a setting (/set temperature 0.8)
+/set NAME        show a setting
+/show            the checkpoint and all settings
+/retry           regenerate the reply with the next seed
 /reset           forget the story so far
-/quit            exit; so do quit, exit and Ctrl-D (on Windows Ctrl-Z and Enter)
+/quit            exit; so does Ctrl-D (Windows: Ctrl-Z)
 Ctrl-C           stop the model; what it wrote is kept"""
 
 
