@@ -24,8 +24,8 @@ from pathlib import Path
 import click
 import torch
 
-from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields, setting_options,
-                    wrapped)
+from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields,
+                    refuse_without_effect, setting_options, wrapped)
 from data import CONTROL_CHARACTERS, Tokenizer
 from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
 
@@ -350,8 +350,15 @@ def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir,
             return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt=""')
     if prompt is None and (num_samples > 1 or as_json):
         raise click.UsageError("--num-samples and --json need a text: add --prompt TEXT, or pipe one in.")
+    given = only_fields(SampleConfig, sampling)
+    config = SampleConfig(**given)
+    no_dry = config.dry_multiplier == 0, "without --dry-multiplier: add, for example, --dry-multiplier 0.8"
+    greedy = config.temperature == 0, "with --temperature 0, which always takes the most likely token"
+    refuse_without_effect(given, {
+        "dry_base": no_dry, "dry_allowed_length": no_dry, "top_k": greedy, "top_p": greedy, "min_p": greedy,
+        "repetition_window": (config.repetition_penalty == 1, "with --repetition-penalty 1")})
     loaded = LoadedModel(checkpoint or find_checkpoint(out_dir), device, dtype)
-    session = Session(loaded, SampleConfig(**only_fields(SampleConfig, sampling)), stops, keep_context)
+    session = Session(loaded, config, stops, keep_context)
     if prompt is None:
         return chat_loop(session)
     print_note(loaded.description)

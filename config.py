@@ -367,6 +367,13 @@ def setting_options(*classes):
     return decorate
 
 
+def refuse_without_effect(given, unused):
+    """UserError for a flag in `given` that has no effect; `unused`: {name of a setting: (is that so, what to do)}."""
+    for name, (is_unused, advice) in unused.items():
+        if is_unused and name in given:
+            raise UserError(f"{flag(name)} has no effect {advice}")
+
+
 def only_fields(cls, values):
     """The entries of `values` that are fields of `cls` and were given (are not None)."""
     names = {f.name for f in fields(cls)}

@@ -210,7 +210,11 @@ class GPT(nn.Module):
                     logits = self.lm_head(self.forward_hidden(next_ids, cache)[:, -1])
                 next_ids = sample_next_token(logits, idx, sampling, eos_id, generator).unsqueeze(1)  # (B, 1)
                 idx = torch.cat([idx, next_ids], dim=1)
-                output = next_ids[:, 0].cpu()  # the only host sync
+                is_finite = logits.isfinite().all()
+                output = next_ids[:, 0].masked_fill(~is_finite, -1).cpu()  # the only host sync
+                if (output < 0).any():
+                    raise UserError("the logits are not finite, so there is no next token: use --dtype float32, or "
+                                    "another checkpoint.")
                 finished |= output == eos_id
                 if finished.all():
                     return

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig, SampleConfig, TrainConfig, UserError,
-                    atomic_write, flag, folder_lock, only_fields, quoted, setting_options, short_message,
-                    wrapped)
+                    atomic_write, flag, folder_lock, only_fields, quoted, refuse_without_effect, setting_options,
+                    short_message, wrapped)
 from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command
 from model import GPT, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, save_checkpoint
 
@@ -742,6 +742,12 @@ def open_run(preset, path, resume, given, plan):
         preset, shape, config = settings_for_init_from(checkpoint, model.config, preset, given, corpus, path)
     else:
         preset, shape, config = settings_for_new_run(preset, given, corpus)
+    muon = config.optimizer == "muon"
+    refuse_without_effect(given, {
+        "learning_rate": (muon, "with --optimizer muon: use --muon-learning-rate and --embedding-learning-rate"),
+        "muon_learning_rate": (not muon, "with --optimizer adamw: use --learning-rate"),
+        "embedding_learning_rate": (not muon, "with --optimizer adamw: use --learning-rate"),
+        "decay_fraction": (config.schedule == "cosine", "with --schedule cosine: use --schedule wsd")})
     config = replace(config, device=init_distributed(config.device),
                      log_interval=PLAN_ITERS if plan else config.log_interval)
     torch.manual_seed(config.seed)

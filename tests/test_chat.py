@@ -197,6 +197,27 @@ def test_a_prompt_that_is_not_unicode_is_accepted(babbler):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("flags", [["--dry-base", 2], ["--dry-allowed-length", 2], ["--top-k", 5, "--temperature", 0],
+                                   ["--top-p", 0.5, "--temperature", 0], ["--min-p", 0.5, "--temperature", 0],
+                                   ["--repetition-window", 9, "--repetition-penalty", 1]])
+def test_a_flag_without_effect_is_refused(babbler, flags):
+    result = run(babbler, "--prompt", "a", *flags)
+    assert result.exit_code == 1 and f"Error: {flags[0]} has no effect with" in result.output
+    needed = ["--temperature", 1, "--dry-multiplier", 0.8, "--repetition-penalty", 1.2]
+    assert run(babbler, "--prompt", "a", *flags, *needed).exit_code == 0
+
+
+@pytest.mark.parametrize("dtype, finite", [("float16", False), ("float32", True)])
+def test_logits_that_overflow_end_with_the_flag_that_helps(tokenizer, tmp_path, dtype, finite):
+    gpt = small_gpt(tokenizer)
+    with torch.no_grad():
+        gpt.blocks[0].mlp.c_fc.weight[:] = 3e4
+        gpt.blocks[0].mlp.c_proj.weight[:] = 3e4
+    save_checkpoint(tmp_path / "best.pt", gpt, tokenizer.model_bytes)
+    result = run(tmp_path, "--prompt", "ab", "--dtype", dtype, "--max-new-tokens", 5)
+    assert (result.exit_code == 0) == finite and ("use --dtype float32" in result.output) != finite
+
+
 def test_a_seed_repeats_exactly_and_the_seed_used_is_shown(babbler):
     options = ["--prompt", "Once", "--max-new-tokens", 20]
     first = run(babbler, *options)

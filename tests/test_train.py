@@ -320,14 +320,24 @@ def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_o
 # -----------------------------------------------------------------------------
 # The loop
 
-@pytest.mark.parametrize("optimizer, peak", [("muon", 0.03), ("adamw", 0.004)])
+@pytest.mark.parametrize("settings, unused, advice", [
+    (dict(learning_rate=1e-9), "--learning-rate", "--muon-learning-rate"),
+    (dict(optimizer="adamw", muon_learning_rate=0.1), "--muon-learning-rate", "--learning-rate"),
+    (dict(optimizer="adamw", embedding_learning_rate=0.1), "--embedding-learning-rate", "--learning-rate"),
+    (dict(schedule="cosine", decay_fraction=0.1), "--decay-fraction", "--schedule wsd")])
+def test_a_flag_without_effect_is_refused_and_the_one_that_works_is_named(data, tmp_path, settings, unused, advice):
+    output = run_train(data, tmp_path, expect=1, **settings)
+    assert f"{unused} has no effect with" in output and advice in output.partition("has no effect")[2]
+
+
+@pytest.mark.parametrize("optimizer, rate, peak", [("muon", "muon_learning_rate", 0.03),
+                                                   ("adamw", "learning_rate", 0.004)])
 def test_a_run_makes_max_iters_updates_at_the_rates_of_the_schedule_and_logs_them(data, tmp_path, monkeypatch,
-                                                                                  optimizer, peak):
+                                                                                  optimizer, rate, peak):
     seen = []
     at_each_step(monkeypatch, lambda optimizer, n: seen.append(
         [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]))
-    run_train(data, tmp_path, optimizer=optimizer, muon_learning_rate=0.03, learning_rate=0.004, max_iters=23,
-              log_interval=1)
+    run_train(data, tmp_path, optimizer=optimizer, max_iters=23, log_interval=1, **{rate: peak})
     config, rows = TrainConfig(max_iters=23), metrics(tmp_path)
     expected = [lr_multiplier(it, config) for it in range(23)]
     assert [[pytest.approx(one)] * len(rates) for one, rates in zip(expected, seen, strict=True)] == seen
