@@ -1,8 +1,10 @@
 """The prepared corpus: the tokenizer, the token ids in data/*.bin, and the batches that train.py reads from them."""
 
 import hashlib
+import itertools
 import json
 import math
+import re
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from config import IGNORE_INDEX, CorpusConfig, UserError, flag, quoted
 
+SPACE_MARK = "\u2581"  # SentencePiece's spelling of a space; where a text contains it, it is spelled in bytes
 MAX_CHARS = 1 << 14  # longest text that SentencePiece gets at once: at most 65,536 bytes
 # A barely trained model may write bytes that control a terminal; newline and tab are harmless.
 CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -58,8 +61,7 @@ class Tokenizer:
         if self.processor.is_control(i) or self.processor.is_unknown(i):
             return b""
         piece = self.processor.id_to_piece(i)
-        # U+2581 is SentencePiece's mark for a space.
-        return bytes.fromhex(piece[3:5]) if self.processor.is_byte(i) else piece.replace("\u2581", " ").encode()
+        return bytes.fromhex(piece[3:5]) if self.processor.is_byte(i) else piece.replace(SPACE_MARK, " ").encode()
 
     def byte_lengths(self):
         """Bytes of text that each token stands for, (V,)."""
@@ -72,7 +74,15 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text contains {text[error.start]!r} at character {error.start}, half of a surrogate "
                             "pair, which is no character: remove it.") from None
-        return [i for chunk in chunks(text) for i in self.processor.encode(chunk)]
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts, threads=1):
+        """A list of ids for each of `texts`."""
+        mark = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        pieces = [[piece for chunk in chunks(text) for piece in re.split(f"({SPACE_MARK})", chunk)] for text in texts]
+        encoded = iter(self.processor.encode(list(itertools.chain.from_iterable(pieces)), num_threads=threads))
+        return [[i for piece, ids in zip(row, encoded) for i in (mark if piece == SPACE_MARK else ids)]
+                for row in pieces]
 
     def decode(self, ids):
         """The text of `ids`, without control tokens."""

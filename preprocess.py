@@ -521,15 +521,12 @@ def write_shard(path, stories, tokenizer, threads, bar):
     with atomic_write(path) as file:
         separator = [tokenizer.bos_id]
         for texts, starts in stories.batches():
-            texts = [list(chunks(text)) for text in texts]
-            encoded = iter(tokenizer.processor.encode(list(itertools.chain.from_iterable(texts)), num_threads=threads))
             ids = []
-            for text, is_start in zip(texts, starts, strict=True):
+            for text_ids, is_start in zip(tokenizer.encode_batch(texts, threads), starts, strict=True):
                 if is_start:
                     ids += separator
                     separator = [tokenizer.eos_id, tokenizer.bos_id]
-                for _ in text:
-                    ids += next(encoded)
+                ids += text_ids
             file.write(np.array(ids, dtype="<u2"))
             bar.update(int(starts.sum()))
         file.write(np.array([tokenizer.eos_id], dtype="<u2"))

@@ -23,8 +23,8 @@ from data import MAX_CHARS, Corpus, Tokenizer, TokenStream, TrainLoader, Validat
 
 CPU = torch.device("cpu")
 BOS = 1
-# Any text that UTF-8 can hold; U+2581 is SentencePiece's own mark for a space and comes back as one.
-TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
+# Any text that UTF-8 can hold, and often U+2581, SentencePiece's own mark for a space.
+TEXTS = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\u2581 ")), max_size=60)
 TRICKY = ["", " ", "  two  spaces  ", "One.\n\n\tTwo.\r\n", "café", "你好", "😀👩‍👩‍👧", "<s></s><unk><0x41>", "a\x00b",
           "e\u0301", "\ufffd"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -109,6 +109,7 @@ def stories_of(stream, tokenizer):
 @CASES
 @given(TEXTS)
 @example("café жила 你好 😀")
+@example("\u2581a\u2581\u2581 b \u2581")
 def test_a_text_comes_back_and_its_tokens_have_its_bytes(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == tokenizer.decode(document(tokenizer, text)) == text
