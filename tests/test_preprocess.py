@@ -30,7 +30,7 @@ import pytest
 import sentencepiece
 from click.testing import CliRunner
 from conftest import ROOT
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import preprocess
@@ -501,6 +501,54 @@ def test_nothing_is_lost_or_on_both_sides_and_validation_is_small(texts, rng):
     else:
         assert held_out <= 0.05 * size and not set(train) & set(val)
         assert all(text in texts for text in train + val)
+
+
+NAMES = st.one_of(st.sampled_from(["train", "validation", "test", "the train", "my test", "dev", "a[1]", "Buch ü",
+                                   "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]),
+                  st.text(st.sampled_from("ab .-_[]*Жé"), min_size=1, max_size=6).map(lambda name: f"n{name.strip()}"))
+FOLDERS = st.sampled_from(["", "train", "validation", "test", "sub/deep", ".hidden", "a b"])
+CONTENTS = st.lists(st.one_of(st.sampled_from(["", " ", "null", "NA", "0012", "2024-01-01", "a\u2581b", "\u2585 x",
+                                               "same", "жила\n\nбыла", "x" * 700]),
+                              st.text(st.sampled_from("aé жЯ你😀\n\t\"',;{}[]<|>\\"), max_size=40)), max_size=12)
+
+
+def write_corpus(path, texts):
+    """Write a file of the format of its suffix; returns the documents that are in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".txt":
+        texts = [text.strip("\n") for text in texts] or [""]
+        write_txt(path, texts)
+        return texts[:-1] if len(texts) > 1 and not texts[-1] else texts  # nothing follows the last separator
+    if path.suffix.lower() == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(dict(text=pyarrow.array(texts, pyarrow.string()))), path)
+    else:
+        write_jsonl(path, texts)
+    return texts
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(files=st.dictionaries(st.tuples(FOLDERS, NAMES), CONTENTS, min_size=1, max_size=5),
+       suffixes=st.sampled_from([[".txt"], [".jsonl", ".JSONL", ".json"], [".csv", ".CSV"], [".parquet"]]),
+       others=st.sets(st.sampled_from(["README.md", "cat.png", ".DS_Store", "notes.docx"])))
+def test_every_document_of_any_names_layout_format_and_contents_is_read_or_spoken_of(few_parts, files, suffixes, others):
+    with tempfile.TemporaryDirectory() as folder:
+        source, data_dir, documents = Path(folder) / "[my] corpus", Path(folder) / "data", {}
+        files[("train", "filler")] = tales(60)  # enough text for a vocabulary
+        for i, ((below, name), contents) in enumerate(files.items()):
+            path = source / below / f"{name}{suffixes[i % len(suffixes)]}"
+            documents[path] = write_corpus(path, contents)
+        for name in others:
+            (source / name).write_text("of another kind")
+        output = prepare(source, data_dir, "--vocab-size", 330)
+        unread = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))["unread"]
+        hidden = [path for path in documents if ".hidden" in path.parts]
+        accounted(data_dir, [text for path, texts in documents.items() if path not in hidden and str(path) not in unread
+                             for text in texts])
+        assert {Path(path).name for path in unread if Path(path) not in documents} == others - {".DS_Store"}
+        assert not unread or f"not read: {len(unread)} other files" in output
 
 
 def test_a_long_document_gives_the_end_of_a_paragraph_to_validation(tmp_path, few_parts):
