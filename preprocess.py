@@ -535,7 +535,8 @@ def write_shard(path, stories, tokenizer, threads, bar):
 def describe_shard(path, tokenizer):
     """The entry of a shard in meta.json."""
     ids = np.memmap(path, dtype="<u2", mode="r")
-    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+    counts = sum(np.bincount(ids[i:i + 2**20], minlength=tokenizer.vocab_size)  # which makes int64 of them
+                 for i in range(0, len(ids), 2**20))
     return dict(file=path.name, tokens=len(ids), bytes=int(counts @ tokenizer.byte_lengths()),
                 stories=int(counts[tokenizer.bos_id]), sha256=hashlib.sha256(ids).hexdigest())
 

@@ -189,7 +189,7 @@ class Scene:
                 return "another whole model was taken" if is_whole and command in ANY_MODEL else "WRONG RESULT", output
             return "no difference" if made else "taken, nothing to compare", output
         if code != 1 or output.count("Error: ") != 1 or "Traceback" in output:
-            return "UNCLEAR", output
+            return "UNCLEAR", f"exit status {code}. {output}"
         harmed = [name for name in before if before[name] != after.get(name)
                   and not name.startswith(("new", "half/partial"))]
         return f"HARMED {harmed}" if harmed else "refused in one line", output
