@@ -113,8 +113,8 @@ def hf_json(config, processor):
 
 def write_hf(output, model, tokenizer):
     from safetensors.torch import save
-    files = hf_json(model.config, tokenizer.processor)
-    contents = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
+    contents = {name: json.dumps(values, indent=1).encode()
+                for name, values in hf_json(model.config, tokenizer.processor).items()}
     contents["tokenizer.model"] = tokenizer.model_bytes
     contents["model.safetensors"] = save(dict(renamed_weights(model, 0)), dict(format="pt"))
     for name, data in contents.items():

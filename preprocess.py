@@ -10,6 +10,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries are imported: no traceback
 
 import csv
+import functools
 import gc
 import hashlib
 import io
@@ -217,6 +218,7 @@ def local_rows(config, folder):
             dict(files=sum(map(len, splits.values())), unread=[str(path) for path in unread]))
 
 
+@functools.cache
 def import_datasets():
     """The `datasets` library, set up so that no request to the Hub waits for long without a line that says so."""
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # read at import; Xet retries silently for minutes
@@ -302,8 +304,8 @@ def sample_rows():
     from datasets import Dataset
     train, _ = zip(*draw_stories(TRAIN_STORIES, seed=0))
     val, nats = zip(*draw_stories(VAL_STORIES, seed=1))
-    return {"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": val})}, \
-        dict(val_nats=nats)
+    splits = {"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": val})}
+    return splits, dict(val_nats=nats)
 
 
 # -----------------------------------------------------------------------------
@@ -641,7 +643,7 @@ def prepare(config, threads, overwrite):
 
     folder, commit = open_partial(config, arguments, overwrite, commit)
     splits, metadata = (sample_rows() if is_sample else local_rows(config, folder) if path.exists()
-                     else hub_rows(config, folder, commit))
+                        else hub_rows(config, folder, commit))
     train, val, left_out = train_val_split(splits, config.dataset)
     parts = select_parts(train, config)
     selected = sum(map(len, parts.values()))

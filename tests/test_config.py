@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import config
-from config import (CONTEXT_SETTINGS, OTHER_FLAGS, PRESETS, RENAMED, Command, CorpusConfig, GPTConfig, SampleConfig, TrainConfig,
+from config import (CONTEXT_SETTINGS, OTHER_FLAGS, PRESETS, RENAMED, Command, CorpusConfig, GPTConfig, SampleConfig,
+                    TrainConfig,
                     UserError, atomic_write, flag, folder_lock, only_fields, quoted, replace_file, setting_options,
                     short_message, wrapped)
 

@@ -659,7 +659,8 @@ def test_best_has_the_loss_that_the_log_says(data, tmp_path, corpus):
     best, lowest = saved(tmp_path, "best.pt"), min(rows, key=lambda row: row["val_loss"])
     assert best["state"]["iter"] == lowest["iter"]
     model, validation = load_checkpoint(tmp_path / "best.pt")[0], Validation(corpus, 32, 400, False)
-    assert estimate_loss(model, validation, 2, CPU, torch.float32)["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
+    again = estimate_loss(model, validation, 2, CPU, torch.float32)
+    assert again["val_loss"] == pytest.approx(lowest["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("later, best", [(1.2, 9), (1.5, 4)])
@@ -931,7 +932,6 @@ def test_overwriting_removes_nothing_when_the_new_run_cannot_start(data, tmp_pat
 
 def test_a_finished_run_that_gets_more_iterations_says_that_its_learning_rate_rises_again(data, tmp_path):
     assert "rises" not in run_train(data, tmp_path)
-    last = training_lines(tmp_path)[-1]["lr"]
     output = resume(tmp_path, "--max-iters", 24)
     last, now = re.search(r"learning rate rises again, from (\S+) to (\S+),", output).groups()
     rates = [row["lr"] for row in training_lines(tmp_path)]
