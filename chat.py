@@ -319,7 +319,8 @@ def read_piped():
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
 @click.option("--prompt", metavar="TEXT",
-              help='continue TEXT and exit, without reading any input; "" writes a story from nothing')
+              help='continue TEXT and exit, without reading any input; "" writes a story from nothing, '
+              r"and \n is a newline")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, metavar="N",
               help="continuations of --prompt or piped input, generated as one batch  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")
@@ -344,7 +345,9 @@ def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir,
     """
     if "" in stops:
         raise click.UsageError("--stop is empty: pass the text to stop at.")
-    if prompt is None and not sys.stdin.isatty():
+    if prompt is not None:
+        prompt = prompt.replace(r"\n", "\n")  # as in --stop: cmd cannot type a newline
+    elif not sys.stdin.isatty():
         prompt = read_piped()
         if not prompt:
             return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt=""')

@@ -217,6 +217,10 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "maximum gradient norm; 0: no clipping", FloatRange(0))
     align_stories: bool = setting(False, "start every training window at the first token of a story", BOOL)
     seed: int = setting(1337, "seed of weights, data order and dropout", IntRange(0, 2**63 - 1))
+    teacher: str | None = setting(None, "learn from the predictions of this checkpoint too, which has the same "
+                                  "tokenizer", STRING, metavar="FILE")
+    teacher_weight: float = setting(0.5, "weight of the teacher in the loss; the rest is that of the text",
+                                    FloatRange(0, 1, min_open=True))
 
     batch_size: int | str = setting(32, "sequences per forward pass (the memory dial: halve it when memory runs out; "
                                     "learning stays the same), or auto", IntOrAuto(), group="Memory and speed")
@@ -313,7 +317,9 @@ class Command(click.Command):
     def invoke(self, ctx):
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a notebook's streams cannot be reconfigured
-                stream.reconfigure(errors="replace")  # a console that is not UTF-8 shows ? for what it lacks
+                # A console that is not UTF-8 shows ? for what it lacks; a file or a pipe gets UTF-8.
+                redirected = stream is not sys.stdin and not stream.isatty()
+                stream.reconfigure(encoding="utf-8" if redirected else None, errors="replace")
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

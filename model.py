@@ -223,6 +223,29 @@ class GPT(nn.Module):
             self.decode_step = step
 
 
+class TrainingLoss(nn.Module):
+    """What train.py minimises: the loss on the text, or a mixture with that against the predictions of a teacher.
+
+    The teacher is a GPT in evaluation mode, whose weights do not learn (born-again networks, Furlanello et al. 2018).
+    """
+
+    def __init__(self, model, teacher=None, teacher_weight=0.0):
+        super().__init__()
+        self.model, self.teacher, self.teacher_weight = model, teacher, teacher_weight
+
+    def forward(self, idx, targets):
+        """(loss to minimise, loss on the text alone) in nats, for idx and targets (B, T)."""
+        if self.teacher is None:
+            loss = self.model(idx, targets)
+            return loss, loss
+        with torch.no_grad():
+            probabilities = self.teacher(idx).float().softmax(-1).flatten(0, 1)  # (B T, V)
+        logits = self.model(idx).float().flatten(0, 1)
+        text_loss = F.cross_entropy(logits, targets.flatten())
+        loss = torch.lerp(text_loss, F.cross_entropy(logits, probabilities), self.teacher_weight)
+        return loss, text_loss.detach()
+
+
 # -----------------------------------------------------------------------------
 # One step of generation
 

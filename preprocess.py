@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -75,11 +76,16 @@ def read_txt(path, text_field):
 def read_csv(path, text_field):
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)  # else a quote that is never closed takes all rows after it
+        columns = reader.fieldnames or []
+        if text_field not in columns and (separator := re.search("[;\t]", "".join(columns))):
+            raise UserError(f"{path} has {'semicolons' if separator[0] == ';' else 'tabs'} between its columns: save "
+                            "it with commas, then rerun.")
         for row in reader:
-            if None in row:  # csv's name for the cells beyond those of the header
-                raise UserError(f"{path} has more cells in line {reader.line_num} than in its header: put texts that "
-                                "contain commas in double quotes, then rerun.")
+            if None in row or None in row.values():  # csv's name for cells that the header, or the row, lacks
+                raise UserError(f"{path} has {'more' if None in row else 'fewer'} cells in line {reader.line_num} than "
+                                "in its header: put texts that contain commas or line breaks in double quotes, then "
+                                "rerun.")
             yield from record_pieces(path, row, text_field)
 
 
@@ -88,8 +94,17 @@ def read_json_records(path, text_field):
     with open(path, encoding="utf-8-sig") as file:
         is_array = file.read(1024).lstrip().startswith("[")
         file.seek(0)
-        for record in json.load(file) if is_array else map(json.loads, filter(str.strip, file)):
+        for record in json.load(file) if is_array else json_lines(file):
             yield from record_pieces(path, record, text_field)
+
+
+def json_lines(file):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:  # which calls it line 1
+                raise ValueError(f"line {number}: {error.msg}") from error
 
 
 def read_parquet(path, text_field):
@@ -104,15 +119,16 @@ def read_parquet(path, text_field):
 
 
 def record_pieces(path, record, text_field):
-    """Yield (text, starts_story) for the text of one record, cut where it is long."""
+    """Yield (text, starts_story) for the text of one record, cut where it is long, with the line ends of read_txt."""
     if not isinstance(record, dict) or text_field not in record:
         columns = ", ".join(map(str, record)) if isinstance(record, dict) else "no named columns"
-        raise UserError(f"{path} has no column {text_field!r}, but {columns}: choose one with --text-field (a csv file "
-                        "needs commas between its columns).")
+        raise UserError(f"{path} has no column {text_field!r}, but {columns}: choose one that all files have with "
+                        "--text-field.")
     text = record[text_field] or ""
     if not isinstance(text, str):
         raise UserError(f"{path}: column {text_field!r} contains {type(text).__name__}, not text: choose another "
                         "--text-field.")
+    text = re.sub("\r\n?", "\n", text)
     text.encode()  # raises for a lone surrogate, which JSON can spell
     for i, piece in enumerate(chunks(text, PIECE_CHARS)):
         yield piece, i == 0
@@ -120,6 +136,7 @@ def record_pieces(path, record, text_field):
 
 READERS = {".txt": read_txt, ".json": read_json_records, ".jsonl": read_json_records, ".csv": read_csv,
            ".parquet": read_parquet}
+ARCHIVES = {".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 
 
 def read_rows(files, text_field):
@@ -132,7 +149,10 @@ def read_rows(files, text_field):
         except UnicodeEncodeError:
             raise UserError(f"{path} contains half of a surrogate pair, which is no character: remove it, then "
                             "rerun.") from None
-        except (ValueError, csv.Error, OSError) as error:  # includes the errors of json and pyarrow
+        except csv.Error as error:
+            raise UserError(f"{path} cannot be read ({error}): put texts that contain double quotes in double quotes, "
+                            'each one inside doubled (""), then rerun.') from error
+        except (ValueError, OSError) as error:  # includes the errors of json and pyarrow
             raise UserError(f"{path} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
 
 
@@ -174,22 +194,25 @@ def list_files(folder):
 
 
 def local_files(path):
-    """({split: files}, files that are not read) of a local file or folder."""
-    found = [path] if path.is_file() else list_files(path)
-    by_format = {}
-    for file in found:
-        if reader := READERS.get(file.suffix.lower()):
-            by_format.setdefault(reader, []).append(file)
+    """({split: files}, {why files are not read: files}) of a local file or folder."""
+    by_format, archives, others = {}, [], []
+    for file in [path] if path.is_file() else list_files(path):
+        suffix = file.suffix.lower()
+        if suffix in READERS:
+            by_format.setdefault(READERS[suffix], []).append(file)
+        else:
+            (archives if suffix in ARCHIVES else others).append(file)
     if len(by_format) != 1:
         counts = [f"{len(files)} {files[0].suffix.lower()}" for files in by_format.values()]
-        problem = f"mixes formats ({', '.join(counts)})" if counts else "contains no text that can be read"
-        raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or with a "
-                        "folder of one of these.")
+        problem = (f"{path} mixes formats ({', '.join(counts)}):" if counts else
+                   f"{archives[0]} is an archive: unpack it and" if archives else
+                   f"{path} contains no text that can be read:")
+        raise UserError(f"{problem} pass --dataset with a txt, json, jsonl, csv or parquet file, or with a folder of "
+                        "one of these.")
     files, = by_format.values()
-    splits, unread = group_by_split(files), [file for file in found if file.suffix.lower() not in READERS]
-    if "validation" in splits:
-        unread += splits.pop("test", [])
-    return splits, unread
+    splits, unused = used_splits(group_by_split(files))
+    return splits, {"another format": others, "is an archive: unpack it": archives,
+                    "the test split": unused.get("test", [])}
 
 
 def group_by_split(files):
@@ -206,16 +229,24 @@ def group_by_split(files):
     return splits if complete else {"train": files}
 
 
+def used_splits(splits):
+    """(splits to use, the others): train with validation, else with test; all where none is called train."""
+    names = ("train", "validation" if "validation" in splits else "test") if "train" in splits else splits
+    used = {name: split for name, split in splits.items() if name in names}
+    return used, {name: split for name, split in splits.items() if name not in used}
+
+
 def local_rows(config, folder):
     """({split: Dataset}, metadata) of local files. They are read once, into an Arrow file per split in `folder`."""
     import_datasets()
     from datasets import Dataset
-    splits, unread = local_files(Path(config.dataset))
+    splits, not_read = local_files(Path(config.dataset))
     for split, files in splits.items():
         if not (folder / f"{split}.arrow").exists():
             write_table(folder / f"{split}.arrow", files, config.text_field)
     return ({split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in splits},
-            dict(files=sum(map(len, splits.values())), unread=[str(path) for path in unread]))
+            dict(files=sum(map(len, splits.values())),
+                 not_read={reason: [*map(str, files)] for reason, files in not_read.items() if files}))
 
 
 @functools.cache
@@ -227,6 +258,7 @@ def import_datasets():
     datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported here, once
     for handler in logging.getLogger("huggingface_hub").handlers:  # says when it retries
         handler.setFormatter(logging.Formatter("%(message).200s"))  # the address of a download is a screenful
+        handler.addFilter(lambda record: not re.search("unauthenticated requests|Repo card", record.getMessage()))
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if hasattr(huggingface_hub, "set_client_factory"):  # the list of files would be requested without a time limit
@@ -238,8 +270,11 @@ def import_datasets():
     return datasets
 
 
-def latest_commit(name):
-    """The newest commit of a data set on the Hub, asked once: without network `datasets` retries for half a minute."""
+def latest_commit(name, waits=(2, 6, 18)):
+    """The newest commit of a data set on the Hub. A busy server is asked again after each of `waits` (seconds).
+
+    Without network the command ends at once; `datasets` would retry for half a minute.
+    """
     import_datasets()
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -250,9 +285,16 @@ def latest_commit(name):
         raise UserError(f"there is no data set {name} on the Hugging Face Hub, or it needs a login (`hf auth login`): "
                         f"check the name, or {other}.") from error
     except Exception as error:  # the libraries underneath raise anything
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        busy = status == 429 or status >= 500
+        if busy and waits:
+            click.echo(f"The Hugging Face Hub answers {status}: asking again in {waits[0]} s.", err=True)
+            time.sleep(waits[0])
+            return latest_commit(name, waits[1:])
         reason = short_message(str(error).partition("\n\n")[2] or error)  # after the number of the request
         refused = re.search("401 Unauthorized|403 Forbidden", str(error))
-        fix = "log in with `hf auth login`" if refused else "check the network and rerun"
+        fix = ("log in with `hf auth login`" if refused else "rerun in a few minutes" if busy else
+               "check the network and rerun")
         raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({reason}): {fix}, or {other}.") from error
     if "/" not in name:  # `datasets` requires an owner
         raise UserError(f"the full name of {name} is {info.id}: pass --dataset {info.id}.")
@@ -296,7 +338,9 @@ def hub_rows(config, folder, commit):
     if field not in columns or "string" not in str(getattr(columns[field], "dtype", None)):  # a list has no dtype
         raise UserError(f"{config.dataset} has no text column {field!r}, but {', '.join(columns)}: choose one with "
                         "--text-field.")
-    return {split: rows.select_columns([field]).rename_columns({field: "text"}) for split, rows in splits.items()}, {}
+    splits, unused = used_splits(splits)
+    return ({split: rows.select_columns([field]).rename_columns({field: "text"}) for split, rows in splits.items()},
+            dict(not_read={"other splits": [*unused]} if unused else {}))
 
 
 def sample_rows():
@@ -327,6 +371,10 @@ class Stories:
         """The stories for which the bool array `chosen` is True."""
         mask = chosen[np.cumsum(self.starts) - 1]
         return replace(self, index=self.index[mask], starts=self.starts[mask])
+
+    def size(self):
+        """[stories, bytes]"""
+        return np.array([len(self), self.row_bytes[self.index].sum()])
 
     def story_bytes(self):
         """Bytes of each story."""
@@ -361,45 +409,42 @@ def scan_stories(rows, label):
 
 
 def train_val_split(splits, name):
-    """(training stories, validation stories, {why stories are left out: [how many, their bytes]}).
+    """(training stories, validation stories, size of all that was read, {row of the report: size}).
 
     Validation is the split of that name, else of test, else held out from the training text. A training story that is
-    also in the validation set is left out.
+    also in the validation set is left out. The sizes of both sides and of the rows add up to what was read.
     """
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"{name} has no split named train, but {', '.join(splits)}: pass another --dataset.")
-    val_name = next((split for split in ("validation", "test") if split in splits and "train" in splits), None)
+    val_name = next((split for split in splits if split != "train"), None) if "train" in splits else None
     train, hashes, has_text = scan_stories(splits.get("train", next(iter(splits.values()))), "training text")
-    left_out, keep = {}, has_text
-
-    def leave_out(reason, stories, chosen):
-        if chosen.any():
-            count, size = left_out.get(reason, (0, 0))
-            left_out[reason] = [count + int(chosen.sum()), size + int(stories.story_bytes()[chosen].sum())]
-
-    leave_out("empty", train, ~has_text)
+    read, left_out, keep = train.size(), {"skipped: empty": train.select(~has_text).size()}, has_text
     if val_name:
         val, val_hashes, val_has_text = scan_stories(splits[val_name], "validation text")
-        leave_out("empty", val, ~val_has_text)
-        val, held_out = val.select(val_has_text), val_hashes[val_has_text]
-        keep = has_text & ~np.isin(hashes, held_out)
-        leave_out("also in the validation set", train, has_text & ~keep)
+        read += val.size()
+        left_out["skipped: empty"] += val.select(~val_has_text).size()
+        val, keep = val.select(val_has_text), has_text & ~np.isin(hashes, val_hashes[val_has_text])
+        if not len(val):
+            raise UserError(f"the {val_name} split of {name} contains no text: add some, or remove this split to have "
+                            "validation held out from the training text, then rerun.")
+        left_out["skipped: in validation"] = train.select(has_text & ~keep).size()
     elif has_text.any():
         val_stories, limit = held_out_stories(train.story_bytes(), hashes, has_text)
         copies = np.isin(hashes, hashes[val_stories])
         keep = has_text & ~copies
         copies[val_stories] = False
-        leave_out("also in the validation set", train, has_text & copies)
+        left_out["skipped: in validation"] = train.select(has_text & copies).size()
         if train.story_bytes()[val_stories].sum() > limit:  # a single long story
             keep[val_stories] = True
             train, val = cut_story(train, int(val_stories[0]), max(1, int(limit)))
+            left_out["counted twice (cut)"] = np.array([-1, 0])
         else:
             val = train.select(np.isin(np.arange(len(train)), val_stories))
     train = train.select(keep)
     if not train.story_bytes().any() or not len(val):
         raise UserError(f"{name} contains too little text for training and validation: pass --dataset with more text, "
                         "or with sample.")
-    return train, val, left_out
+    return train, val, read, left_out
 
 
 def held_out_stories(story_bytes, hashes, has_text):
@@ -644,12 +689,9 @@ def prepare(config, threads, overwrite):
     folder, commit = open_partial(config, arguments, overwrite, commit)
     splits, metadata = (sample_rows() if is_sample else local_rows(config, folder) if path.exists()
                         else hub_rows(config, folder, commit))
-    train, val, left_out = train_val_split(splits, config.dataset)
+    train, val, read, left_out = train_val_split(splits, config.dataset)
     parts = select_parts(train, config)
-    selected = sum(map(len, parts.values()))
-    if selected < len(train):
-        selected_bytes = sum(stories.story_bytes().sum() for stories in parts.values())
-        left_out["not selected"] = [len(train) - selected, int(train.story_bytes().sum() - selected_bytes)]
+    left_out["skipped: not selected"] = train.size() - sum(stories.size() for stories in parts.values())
 
     model_path = folder / f"tok{arguments['vocab_size']}.model"
     if not model_path.exists():
@@ -658,14 +700,15 @@ def prepare(config, threads, overwrite):
             file.write(tokenizer.model_bytes)
     tokenizer = Tokenizer(model_path.read_bytes(), model_path)
 
-    with tqdm(total=len(val) + selected, desc="encoding", unit=" stories", **bar_options()) as bar:
+    with tqdm(total=len(val) + sum(map(len, parts.values())), desc="encoding", unit=" stories", **bar_options()) as bar:
         for name, stories in {"val_000.bin": val, **parts}.items():
             if (folder / name).exists():
                 bar.update(len(stories))
             else:
                 write_shard(folder / name, stories, tokenizer, threads, bar)
 
-    meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, left_out=left_out, **metadata,
+    meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, read=read.tolist(), **metadata,
+                left_out={row: size.tolist() for row, size in left_out.items() if size.any()},
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
                 val=[describe_shard(folder / "val_000.bin", tokenizer)],
                 train=[describe_shard(folder / name, tokenizer) for name in parts])
@@ -676,22 +719,26 @@ def prepare(config, threads, overwrite):
 
 
 def report(data_dir, meta):
-    """Print the table of a prepared corpus: what was read, what became of it, and what was left out."""
-    total = {split: {key: sum(shard[key] for shard in meta[split]) for key in ("stories", "tokens", "bytes")}
-             for split in ("train", "val")}
-    click.echo(f"\n{'':16}{'training':>16}{'validation':>16}")
-    for key, title in (("stories", "stories"), ("bytes", "bytes of text"), ("tokens", "tokens")):
-        click.echo(f"{title:16}{total['train'][key]:>16,}{total['val'][key]:>16,}")
-    ratios = [split["bytes"] / (split["tokens"] - 2 * split["stories"]) for split in total.values()]
-    click.echo(f"{'bytes per token':16}{ratios[0]:>16.2f}{ratios[1]:>16.2f}")
-    for reason, (stories, size) in meta["left_out"].items():
-        click.echo(f"left out: {stories:,} {'story' if stories == 1 else 'stories'} ({size:,} bytes) {reason}")
-    if meta.get("files"):
-        click.echo(wrapped(f"read: {meta['files']:,} files of {meta['source']}", sys.stdout))
-    if unread := meta.get("unread"):
-        names = ", ".join(Path(name).name for name in unread[:5]) + (", ..." if len(unread) > 5 else "")
-        click.echo(wrapped(f"not read: {len(unread):,} other files ({names})", sys.stdout))
+    """Print the table of a prepared corpus: what was read, and the indented rows that add up to it."""
+    files, read, left_out = meta.get("files", 0), meta.get("read", []), meta["left_out"]
+    sides = {title: [sum(shard[key] for shard in meta[split]) for key in ("stories", "bytes", "tokens")]
+             for title, split in (("training", "train"), ("validation", "val"))}
+    rows = {f"read: {files:,} file{'s' * (files > 1)}" if files else "read": read}
+    rows |= {f"  {title}": numbers for title, numbers in (sides | left_out).items()}
+    click.echo(f"\n{'':24} {'stories':>9} {'bytes of text':>13} {'tokens':>11}")
+    for title, numbers in rows.items():
+        click.echo(f"{title:24}" + "".join(f" {number:>{width},}" for number, width in zip(numbers, (9, 13, 11))))
+    for reason, paths in meta.get("not_read", {}).items():
+        names = ", ".join(Path(path).name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+        click.echo(wrapped(f"not read ({reason}): {len(paths):,} ({names})", sys.stdout))
+    ratios = [size / (tokens - 2 * stories) for stories, size, tokens in sides.values()]
+    click.echo(f"bytes per token: {ratios[0]:.2f} in training, {ratios[1]:.2f} in validation")
     click.echo(f"vocabulary: {meta['vocab_size']:,} tokens, {data_dir / meta['tokenizer']['file']}")
+    size, val_size = sides["training"][1], sides["validation"][1]
+    text = size + val_size + sum(numbers[1] for title, numbers in left_out.items() if "not selected" in title)
+    if files and val_size > text / 10:
+        click.echo(wrapped(f"Warning: validation is {val_size / text:.0%} of the text, and a tenth is enough: move "
+                           "text from it to training or add text, then rerun with --overwrite.", sys.stdout))
 
 
 def bar_options():

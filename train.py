@@ -11,6 +11,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that importing torch takes: no traceback
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -30,10 +31,11 @@ from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig,
                     atomic_write, flag, folder_lock, only_fields, quoted, refuse_without_effect, setting_options,
                     short_message, wrapped)
 from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command
-from model import GPT, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, save_checkpoint
+from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint,
+                   save_checkpoint)
 
 # Settings that may change with --resume; all others come from the checkpoint.
-RESUME_MAY_CHANGE = {"data_dir", "out_dir", "max_iters", "batch_size", "device", "dtype", "compile",
+RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "max_iters", "batch_size", "device", "dtype", "compile",
                      "activation_checkpointing", "log_interval", "eval_interval", "eval_tokens", "final_eval_tokens",
                      "sample_tokens", "save_minutes"}
 MANY_EPOCHS = 20            # beyond these a model of this size overfits
@@ -195,7 +197,7 @@ def try_iteration(forward, batch_size, run):
         with torch.random.fork_rng(devices=[device] if cuda else []):
             ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
             with autocast(device, run.dtype):
-                loss = forward(ids[:, :-1], ids[:, 1:])
+                loss, _ = forward(ids[:, :-1], ids[:, 1:])
             run.scaler.scale(loss).backward()
         run.optimizer.found_inf = torch.ones((), device=device)
         run.optimizer.step()
@@ -222,7 +224,7 @@ def find_batch_size(run):
         if fixed + (peak - fixed) * size / best > room:
             break
         try:
-            peak = try_iteration(run.model, size, run)
+            peak = try_iteration(run.training_loss, size, run)
         except torch.OutOfMemoryError:
             break
         if peak > room:
@@ -236,16 +238,16 @@ def find_batch_size(run):
 
 
 def compile_model(run, batch_size):
-    """The model through torch.compile if that is wanted and works, tried in one iteration; else the model itself.
+    """The training loss through torch.compile if that is wanted and works, tried in one iteration; else as it is.
 
     Whether to compile depends on the settings alone, so that a resumed run computes what an unbroken one does.
     """
     possible = run.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     auto = possible and run.config.max_iters >= COMPILE_MIN_ITERS
     if run.config.compile == "off" or run.config.compile == "auto" and not auto:
-        return run.model
+        return run.training_loss
     try:
-        compiled, run.optimizer.update = torch.compile(run.model), torch.compile(muon_update)
+        compiled, run.optimizer.update = torch.compile(run.training_loss), torch.compile(muon_update)
         try_iteration(compiled, batch_size, run)
         return compiled
     except torch.OutOfMemoryError:
@@ -253,7 +255,7 @@ def compile_model(run, batch_size):
     except Exception as error:  # a compiler can raise anything
         print0(f"torch.compile does not work here ({short_message(error)}): training falls back to a slower path.")
         run.optimizer.update = muon_update
-        return run.model
+        return run.training_loss
 
 
 # -----------------------------------------------------------------------------
@@ -298,7 +300,7 @@ class Log:
 
     def __init__(self, path, config, state):
         """`path` None: nothing is written."""
-        self.path, self.config = path if RANK == 0 else None, config
+        self.path, self.config, self.unwritten = path if RANK == 0 else None, config, ""
         self.last_logged, self.first_logged = (state.iter, state.seconds), None
         self.bar = tqdm(total=config.max_iters, initial=state.iter, disable=None if RANK == 0 else True, leave=False,
                         dynamic_ncols=True, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
@@ -310,9 +312,13 @@ class Log:
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                for key, value in values.items()}
         if self.path:
+            self.unwritten += json.dumps(row) + "\n"
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(self.unwritten)
+                self.unwritten = ""
+            except PermissionError:
+                pass  # Windows, while another program has the file open: written together with the next line
             except OSError as error:
                 raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then resume: "
                                 f"{command_line('train.py --resume', self.config.out_dir)}") from error
@@ -358,12 +364,18 @@ def command_line(script, out_dir):
 class Run:
     """What a run learns with and how far it is: everything that a checkpoint holds."""
 
-    def __init__(self, preset, model, config, corpus):
+    def __init__(self, preset, model, config, corpus, teacher=None, teacher_sha256=None):
         self.preset, self.config, self.corpus, self.out_dir = preset, config, corpus, Path(config.out_dir)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.model = model.train().to(self.device)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self.teacher_sha256 = teacher_sha256
+        if teacher:
+            teacher.requires_grad_(False).to(self.device)
+            for weight in teacher.parameters():  # not teacher.to(dtype): the rotary tables stay float32
+                weight.data = weight.data.to(self.dtype)
+        self.training_loss = TrainingLoss(self.model, teacher, config.teacher_weight)
         self.optimizer = configure_optimizer(self.model, config)
         # Small float16 gradients would underflow without loss scaling; bfloat16 and float32 need none.
         self.scaler = torch.amp.GradScaler(self.device.type,
@@ -392,7 +404,7 @@ class Run:
         if RANK > 0:
             return
         checkpoint = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
-                          state=asdict(self.state))
+                          teacher_sha256=self.teacher_sha256, state=asdict(self.state))
         if resumable:
             cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
@@ -510,10 +522,10 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             for micro_step in range(accum_steps):
                 if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
                     forward.require_backward_grad_sync = micro_step == accum_steps - 1
-                loss = forward(x, y) / accum_steps
+                loss, text_loss = forward(x, y)
                 x, y = next(batches)  # read and copied while the GPU computes
-                scaler.scale(loss).backward()
-                iter_loss += loss.detach()
+                scaler.scale(loss / accum_steps).backward()
+                iter_loss += text_loss.detach() / accum_steps
         if WORLD_SIZE > 1:
             dist.all_reduce(iter_loss)
             iter_loss /= WORLD_SIZE
@@ -572,6 +584,29 @@ def refuse_changes(given, before, path, advice):
             raise UserError(f"{flag(name)} {value} contradicts {path}, which has {before[name]}: {advice}")
 
 
+def refuse_other_tokenizer(checkpoint, corpus, path, data_dir):
+    """UserError, with the commands that help, where the checkpoint at `path` has another tokenizer than the corpus."""
+    if checkpoint["tokenizer"] != corpus.tokenizer.model_bytes:
+        tokenizer = f"tok{checkpoint['model_config']['vocab_size']}.model"
+        prepare = prepare_command(data_dir, corpus.meta["arguments"] | dict(tokenizer=tokenizer, vocab_size=None))
+        extract = f"python export.py --format tokenizer --checkpoint {quoted(path)} --output {tokenizer}"
+        raise UserError(f"{path} has another tokenizer than the corpus in {data_dir}. Extract it, then prepare the "
+                        f"text with it:\n  {extract}\n  {prepare} --overwrite")
+
+
+def load_teacher(path, block_size, corpus, data_dir):
+    """(the model of --teacher, the SHA-256 of its file). UserError if it cannot read what its student reads."""
+    if not Path(path).exists():
+        raise UserError(f"the teacher {path} does not exist: pass its path with --teacher.")
+    teacher, checkpoint = load_checkpoint(path)
+    refuse_other_tokenizer(checkpoint, corpus, path, data_dir)
+    if teacher.config.block_size < block_size:
+        raise UserError(f"the teacher {path} reads at most {teacher.config.block_size} tokens: train with --block-size "
+                        f"{teacher.config.block_size} or less, or pass another --teacher.")
+    with open(path, "rb") as file:
+        return teacher, hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def settings_for_new_run(preset, given, corpus):
     """(preset, GPTConfig, TrainConfig) from defaults, preset and flags, in this order."""
     vocab_size, preset = corpus.tokenizer.vocab_size, preset or "rtx3050"
@@ -587,13 +622,7 @@ def settings_for_init_from(checkpoint, shape, preset, given, corpus, path):
     typed = only_fields(GPTConfig, PRESETS.get(preset, {}) | given)
     dropout = typed.pop("dropout", shape.dropout)
     refuse_changes(typed, asdict(shape), path, "omit the flag or preset, the shape comes from the checkpoint.")
-    data_dir = given.get("data_dir", TrainConfig.data_dir)
-    if checkpoint["tokenizer"] != corpus.tokenizer.model_bytes:
-        tokenizer = f"tok{shape.vocab_size}.model"
-        prepare = prepare_command(data_dir, corpus.meta["arguments"] | dict(tokenizer=tokenizer, vocab_size=None))
-        extract = f"python export.py --format tokenizer --checkpoint {quoted(path)} --output {tokenizer}"
-        raise UserError(f"{path} has another tokenizer than the corpus in {data_dir}. Extract it, then prepare the "
-                        f"text with it:\n  {extract}\n  {prepare} --overwrite")
+    refuse_other_tokenizer(checkpoint, corpus, path, given["data_dir"])
     preset = preset or (checkpoint.get("preset") if checkpoint.get("preset") in PRESETS else "rtx3050")
     return preset, replace(shape, dropout=dropout), TrainConfig(**only_fields(TrainConfig, PRESETS[preset] | given))
 
@@ -620,6 +649,9 @@ def describe(run, batch_size):
     count, tokens = run.model.count_parameters(), config.max_iters * config.tokens_per_iter
     print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), "
            f"{shape.position} positions, context {shape.block_size}, vocabulary {shape.vocab_size}.")
+    if config.teacher:
+        print0(f"Teacher: {config.teacher}, {run.training_loss.teacher.count_parameters() / 1e6:.2f} M parameters, "
+               f"weight {config.teacher_weight:g}. The loss shown is that of the text alone.")
     print0(f"Device: {run.device} ({name}), {str(run.dtype).removeprefix('torch.')}"
            f"{' with a GradScaler' * run.scaler.is_enabled()}.")
     if run.device.type == "cpu" and cuda_hint():
@@ -690,8 +722,9 @@ def main(preset, resume, init_from, overwrite, plan, **given):
     ckpt = out_dir / "ckpt.pt"
     if resume and (overwrite or init_from):
         raise click.UsageError("--resume continues a run as it was: omit --overwrite and --init-from.")
-    if init_from and overwrite and init_from.resolve().parent == out_dir.resolve():
-        raise UserError(f"--overwrite would delete {init_from}, from which the run starts: pass another --out-dir.")
+    for path in filter(None, (init_from, given.get("teacher"))):
+        if overwrite and Path(path).resolve().parent == out_dir.resolve():
+            raise UserError(f"--overwrite would delete {path}, which the run needs: pass another --out-dir.")
     if resume and not ckpt.exists():
         raise UserError(f"there is no run to resume in {out_dir}: start one with "
                         f"`{command_line('train.py', out_dir)}`, or pass the --out-dir of another.")
@@ -747,7 +780,15 @@ def open_run(preset, path, resume, given, plan):
         "learning_rate": (muon, "with --optimizer muon: use --muon-learning-rate and --embedding-learning-rate"),
         "muon_learning_rate": (not muon, "with --optimizer adamw: use --learning-rate"),
         "embedding_learning_rate": (not muon, "with --optimizer adamw: use --learning-rate"),
-        "decay_fraction": (config.schedule == "cosine", "with --schedule cosine: use --schedule wsd")})
+        "decay_fraction": (config.schedule == "cosine", "with --schedule cosine: use --schedule wsd"),
+        "teacher_weight": (not config.teacher, "without --teacher: add it")})
+    teacher, sha256 = None, None
+    if config.teacher:
+        teacher, sha256 = load_teacher(config.teacher, shape.block_size, corpus, data_dir)
+    if resume and (before := checkpoint.get("teacher_sha256")) != sha256:
+        right = f"whose file has the SHA-256 {before}: pass that one" if before else "which has none: omit it"
+        raise UserError(f"--teacher {config.teacher} is not the teacher of {path}, {right}, or start a new run in "
+                        "another --out-dir.")
     config = replace(config, device=init_distributed(config.device),
                      log_interval=PLAN_ITERS if plan else config.log_interval)
     torch.manual_seed(config.seed)
@@ -755,7 +796,7 @@ def open_run(preset, path, resume, given, plan):
     model = GPT(shape)  # not the loaded one: --init-from may change dropout
     if path:
         model.load_state_dict(checkpoint["model"])
-    run = Run(preset, model, config, corpus)
+    run = Run(preset, model, config, corpus, teacher, sha256)
     if resume:
         run.restore(checkpoint)
     if RANK > 0:  # dropout of its own; the first process continues with the saved state

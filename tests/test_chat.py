@@ -171,6 +171,10 @@ def test_the_model_is_described_on_stderr(reciter, state, said):
     assert "--device xpu9" in run(folder, *flags, "--device", "xpu9").stderr
 
 
+def test_backslash_n_in_a_prompt_is_a_newline_which_cmd_cannot_type(reciter):
+    assert run(reciter("One.\nTwo", " cats."), "--prompt", r"One.\nTwo").stdout == " cats.\n"
+
+
 def test_an_empty_prompt_writes_a_story_from_nothing(reciter):
     folder = reciter("", "Once upon a time.")
     assert run(folder, "--prompt", "").stdout == "Once upon a time.\n"
@@ -180,6 +184,13 @@ def test_an_empty_prompt_writes_a_story_from_nothing(reciter):
 def test_the_stream_is_the_text_decoded_whole(reciter):
     text = " the 犬 said 😀😀 café\tto  Tim\x07.\n\n"
     assert run(reciter("x", text), "--prompt", "x").stdout == text
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-samples", 2]])
+def test_a_character_cut_off_by_the_limit_is_shown_as_one(tokenizer, reciter, flags):
+    limit = len(tokenizer.encode(" said 😀")) - 1  # three of the four bytes
+    result = run(reciter("x", " said 😀"), "--prompt", "x", "--max-new-tokens", limit, *flags)
+    assert result.stdout.split("---\n") == [" said \ufffd\n"] * (2 if flags else 1)
 
 
 @pytest.mark.parametrize("prompt", [TEXT * 40, "犬😀 café " * 300, "Once"])
@@ -225,6 +236,7 @@ def test_a_seed_repeats_exactly_and_the_seed_used_is_shown(babbler):
     assert run(babbler, *options, "--seed", seed).stdout == first.stdout
     assert run(babbler, *options, "--seed", int(seed) + 1).stdout != first.stdout
     assert run(babbler, *options).stdout != first.stdout
+    assert run(babbler, *options, "--seed", 0).stderr.endswith("seed 0]\n")
 
 
 @pytest.mark.parametrize("flags", [["--temperature", 0], ["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
@@ -679,7 +691,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(babbler):
         assert process.wait(20) != 0
 
 
-def test_chatting_loads_no_library_that_it_does_not_need_and_survives_a_latin_console(reciter):
+def test_chatting_loads_no_library_that_it_does_not_need_and_writes_utf_8_to_a_pipe(reciter):
     folder, not_needed = reciter("a", " 犬 é"), {"datasets", "matplotlib", "pandas", "torch._dynamo", "sympy"}
     if torch.__version__ < (2, 13):
         not_needed.remove("sympy")  # torch 2.9 itself takes it for the shapes of weights that are not there
@@ -689,7 +701,7 @@ def test_chatting_loads_no_library_that_it_does_not_need_and_survives_a_latin_co
             f"print({not_needed} & set(sys.modules), file=sys.stderr)")
     result = subprocess.run([sys.executable, "-c", code, *command(folder, "--prompt", "a")[1:]], capture_output=True,
                             env=ENVIRONMENT | dict(PYTHONIOENCODING="latin-1"), timeout=60)
-    assert result.stdout.rstrip() == " ? é".encode("latin-1")
+    assert result.stdout.decode().rstrip() == " 犬 é"
     assert result.stderr.rstrip().endswith(b"set()"), result.stderr
 
 

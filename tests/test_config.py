@@ -474,16 +474,23 @@ def test_a_notebooks_stdout_which_cannot_be_reconfigured_does_no_harm(monkeypatc
     assert main_with(monkeypatch, stream) == 0 and stream.text == "a \U0001f600 story\n"
 
 
-def test_a_console_that_lacks_a_character_shows_a_question_mark(monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\n")
+class Console(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind, written", [(Console, b"a ? story\n"),
+                                           (io.TextIOWrapper, "a \U0001f600 story\n".encode())])
+def test_a_console_shows_a_question_mark_for_what_it_lacks_and_a_file_gets_utf_8(monkeypatch, kind, written):
+    stream = kind(io.BytesIO(), encoding="cp1252", newline="\n")
     assert main_with(monkeypatch, stream) == 0
     stream.flush()
-    assert stream.buffer.getvalue() == b"a ? story\n"
+    assert stream.buffer.getvalue() == written
 
 
 def test_help_can_be_shown_in_every_encoding(monkeypatch):
     for encoding in ("cp437", "gbk", "cp932", "iso8859-5", "utf-8"):
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        stream = Console(io.BytesIO(), encoding=encoding)
         assert main_with(monkeypatch, stream, "--help") == 0
         stream.flush()
         assert b"[default: 0.6]" in stream.buffer.getvalue(), encoding

@@ -193,6 +193,11 @@ def test_the_fingerprint_is_that_of_tokenizer_and_training_shards_in_any_folder(
               write_corpus(tmp_path / "b", tokenizer, TRAIN[:1], VAL),
               write_corpus(tmp_path / "c", Tokenizer(train_tokenizer(tales(300), 401)), TRAIN, VAL)]
     assert [Corpus(other).fingerprint == corpus.fingerprint for other in others] == [True, False, False]
+    meta, other = json.loads((folder / "meta.json").read_text(encoding="utf-8")), train_tokenizer(tales(310))
+    (folder / "tok400.model").write_bytes(other)  # the same ids mean other text
+    meta["tokenizer"]["sha256"] = Tokenizer(other).sha256
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert Corpus(folder).fingerprint != corpus.fingerprint
 
 
 def test_a_corpus_of_an_earlier_version_opens(folder, corpus):
@@ -388,10 +393,13 @@ def test_a_corpus_shorter_than_a_window_says_what_to_do():
 
 
 @on_gpu
-def test_on_cuda_the_batches_are_those_of_the_cpu(corpus):
-    batches = [TrainLoader(corpus.train, 8, seed=1, align_stories=True).batches(0, 16, torch.device(name))
-               for name in ("cpu", "cuda")]
-    for (x, y), (x_cuda, y_cuda) in itertools.islice(zip(*batches), 50):
+def test_on_cuda_the_batches_are_those_of_the_cpu_also_where_the_gpu_is_behind(corpus):
+    batches, on_cuda = (TrainLoader(corpus.train, 8, seed=1, align_stories=True).batches(0, 16, torch.device(name))
+                        for name in ("cpu", "cuda"))
+    made = list(itertools.islice(on_cuda, 2))
+    torch.cuda._sleep(10**9)  # half a second, in which nothing is copied
+    made += itertools.islice(on_cuda, 48)
+    for (x, y), (x_cuda, y_cuda) in zip(batches, made):
         assert x_cuda.is_cuda and torch.equal(x, x_cuda.cpu()) and torch.equal(y, y_cuda.cpu())
 
 
@@ -428,6 +436,10 @@ def test_validation_is_cut_inside_a_story_at_exactly_the_tokens_asked_for(tokens
         assert predicted(validation, batch_size) == expected
     assert all((y != IGNORE_INDEX).any() for _, y in validation.batches(1, CPU)), "the mean loss of none is nan"
     assert validation.num_targets == len(expected) and validation.text_bytes == sum(text) and validation.floor is None
+
+
+def test_validation_of_a_single_token_still_predicts_one():
+    assert Validation(numbered_corpus(), 8, 1, False).num_targets == 1
 
 
 def test_aligned_validation_shows_a_story_from_its_first_token_and_none_before_it():

@@ -38,6 +38,7 @@ ONE_COMMAND = ["-c", BEGINNING + f"runpy.run_path({str(ROOT / 'preprocess.py')!r
 MANY_COMMANDS = ["-c", BEGINNING + f"""
 from click.testing import CliRunner
 import preprocess
+preprocess.time = types.SimpleNamespace(sleep=lambda seconds: None)
 preprocess.import_datasets()  # its log lines go to the real stderr, not to that of one command
 for name in sys.argv[1:]:
     arguments = [*{ARGUMENTS}, "--dataset", name, "--data-dir", "from-" + name.replace("/", "-").replace(":", "-")]
@@ -158,11 +159,13 @@ def many_data_sets(hub):
     hub.commit("a/parts", {"README.md": f"---\n{card}---\n".encode()}
                | {f"{name}/a.parquet": parquet(tales(50, seed)) for seed, name in enumerate(names)})
     hub.commit("a/test", {"data/test-00000-of-00001.parquet": parquet(tales(50, 2))})
+    hub.commit("a/recovers", {"train.parquet": parquet(tales(50, 3))})
     for name in ("gated", "denied", "busy", "broken", "login", "late"):
         hub.commit(f"a/{name}", {"train.parquet": parquet(tales(9, 9))})
     hub.commit("a/damaged", {"train/a.parquet": parquet(tales(9, 8)), "train/b.parquet": b"PAR1, cut off"})
     hub.gated, hub.renamed = {"a/gated"}, {"tales": "a/test"}
-    hub.faults = [dict(do="status", on=on, status=status, headers=headers) for on, status, headers in (
+    hub.faults = [dict(do="status", on="/api/datasets/a/recovers", status=503, headers={}, times=3)]
+    hub.faults += [dict(do="status", on=on, status=status, headers=headers) for on, status, headers in (
         ("/api/datasets/a/unreachable", 307, {"Location": "http://127.0.0.1:9"}),
         ("/a/denied/resolve", 403, {"X-Error-Code": "GatedRepo"}),
         ("/api/datasets/a/busy", 429, {"Retry-After": 60}),
@@ -181,15 +184,16 @@ REFUSALS = {  # data set: what the message must contain, the last at its end
     "a/parts:three": ["a/parts has the configurations one, two: choose one, such as --dataset a/parts:one."],
     "a/gated": ["You must be authenticated", ACCEPT.format("gated")],
     "a/denied": ["to ask for access", ACCEPT.format("denied")],
-    "a/busy": ["cannot be reached for a/busy (429 Too Many Requests", "rerun, " + OTHERWISE],
-    "a/broken": ["cannot be reached for a/broken (Server error '500 Internal Server Error'", "rerun, " + OTHERWISE],
+    "a/busy": ["cannot be reached for a/busy (429 Too Many Requests", "rerun in a few minutes, " + OTHERWISE],
+    "a/broken": ["cannot be reached for a/broken (Server error '500 Internal Server Error'",
+                 "rerun in a few minutes, " + OTHERWISE],
     "a/login": ["(Invalid credentials in Authorization header)", "log in with `hf auth login`, " + OTHERWISE],
     "a/late": ["a/late could not be read", "(403 Forbidden: Request has expired.): rerun to resume, or pass --dataset "
                "sample for the built-in corpus."],
     "a/damaged": ["a/damaged could not be read", "Parquet magic bytes not found", "rerun to resume, or pass --dataset "
                   "sample for the built-in corpus."],
 }
-PREPARED = {"a/parts:two": tales(50, 1), "a/test": tales(50, 2)}
+PREPARED = {"a/parts:two": tales(50, 1), "a/test": tales(50, 2), "a/recovers": tales(50, 3)}
 
 
 # -----------------------------------------------------------------------------
@@ -205,10 +209,11 @@ def test_ctrl_c_during_a_stall_ends_at_once_and_text_files_follow_the_rules_of_l
     assert text.endswith(INTERRUPTED) and time.monotonic() - begun < 3
     assert re.search(f"timed out.* GET {hub.address}/api/datasets/owner/texts/tree/.*\nRetrying", text), text
     hub.faults.clear()
-    text = output(start(hub, folder, "--dataset", "owner/texts"))
+    text += output(start(hub, folder, "--dataset", "owner/texts"))
+    assert "unauthenticated" not in text and "Repo card" not in text  # nothing that the reader has to do
     train, val = stories(folder / "data")
     assert sorted(train + val) == sorted(TEXTS) and len(val) < 5
-    assert "read: 2 files of owner/texts" in text and "not read: 1 other files (README.md)" in text
+    assert "\nread: 2 files      " in text and "not read (another format): 1 (README.md)" in text
 
 
 def test_a_killed_download_resumes_with_what_is_missing_at_the_same_commit_and_absorbs_faults(started, request):
@@ -234,7 +239,7 @@ def test_the_default_has_every_story_its_own_validation_and_is_read_from_no_othe
     hub, folder, _ = started["many"]
     code, text = said[NAME]
     assert code == 0 and stories(folder / "from-roneneldan-TinyStories") == STORIES
-    assert "left out: 8 stories (0 bytes) empty" in text
+    assert re.search(r"\n  skipped: empty +8 +0\n", text)
     assert all(sent(hub).count(OIDS[path]) == 1 for path in [*TRAIN, VALIDATION])
     assert not [name for name in sent(hub) if name.endswith(".txt") or name == OIDS["TinyStories_all_data.tar.gz"]]
 
@@ -242,9 +247,16 @@ def test_the_default_has_every_story_its_own_validation_and_is_read_from_no_othe
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_the_hub_refuses_is_said_in_words_with_the_way_out(said, name):
     code, text = said[name]
-    line = text.removesuffix("\n")
+    line = re.sub("^The Hugging Face Hub answers .*\n", "", text.removesuffix("\n"), flags=re.MULTILINE)
     assert code == 1 and line.startswith("Error: ") and "\n" not in line, text
     assert all(words in line for words in REFUSALS[name]) and line.endswith(REFUSALS[name][-1]), text
+
+
+def test_a_busy_hub_is_asked_again_for_half_a_minute_with_a_line_each_time(said):
+    for name, status in ("a/busy", 429), ("a/broken", 500), ("a/recovers", 503):
+        assert said[name][1].startswith("".join(
+            f"The Hugging Face Hub answers {status}: asking again in {seconds} s.\n" for seconds in (2, 6, 18)))
+    assert "asking again" not in "".join(said[name][1] for name in ("a/unreachable", "a/login", "no/such", NAME))
 
 
 @pytest.mark.parametrize("name", PREPARED)

@@ -15,9 +15,9 @@ from torch import nn
 
 import model
 from config import IGNORE_INDEX, PRESETS, GPTConfig, SampleConfig, TrainConfig, UserError, only_fields
-from model import (GPT, DecodeStep, RMSNorm, apply_dry, autocast, choose_device, choose_dtype, cuda_hint, filter_logits,
-                   find_checkpoint, keep_min_p, keep_top_k, keep_top_p, load_checkpoint, penalize_repetition,
-                   prepare_for_inference, sample_next_token, save_checkpoint)
+from model import (GPT, DecodeStep, KVCache, RMSNorm, TrainingLoss, apply_dry, autocast, choose_device, choose_dtype,
+                   cuda_hint, filter_logits, find_checkpoint, keep_min_p, keep_top_k, keep_top_p, load_checkpoint,
+                   penalize_repetition, prepare_for_inference, sample_next_token, save_checkpoint)
 
 TINY = GPTConfig(block_size=12, vocab_size=260, n_layer=2, n_head=2, n_embd=16, intermediate_size=24)
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -223,6 +223,36 @@ def test_loss_is_the_mean_over_the_positions_that_are_predicted():
 
 
 @pytest.mark.parametrize("half", ["autocast", "weights"])
+def student_and_teacher():
+    return awake(replace(TINY, dropout=0.5)), awake(replace(TINY, n_layer=1, dropout=0.5), seed=1)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_with_a_teacher_the_loss_is_a_mixture_of_two_cross_entropies_and_that_of_the_text_is_told(weight):
+    student, teacher = student_and_teacher()
+    idx, targets = tokens(2, 3, TINY.block_size)
+    loss, text_loss = TrainingLoss(student, teacher, weight)(idx, targets)
+    logp, p = student(idx).log_softmax(-1), teacher(idx).softmax(-1)
+    of_text = -logp.gather(2, targets.unsqueeze(2)).mean()
+    expected = (1 - weight) * of_text - weight * (p * logp).sum(-1).mean()
+    torch.testing.assert_close((loss, text_loss), (expected, of_text.detach()))
+
+
+def test_a_student_that_predicts_what_its_teacher_does_has_nothing_to_learn_from_it():
+    student, teacher, idx = awake(TINY), awake(TINY), tokens(3, TINY.block_size)
+    TrainingLoss(student, teacher, 1.0)(idx, idx)[0].backward()
+    assert max(weight.grad.abs().max() for weight in student.parameters()) < 1e-6
+
+
+def test_a_teacher_predicts_without_dropout_and_does_not_learn():
+    student, teacher = student_and_teacher()
+    idx = tokens(3, TINY.block_size)
+    loss = TrainingLoss(student.train(), teacher, 1.0)
+    loss(idx, idx)[0].backward()
+    assert not teacher.training and all(weight.grad is None for weight in teacher.parameters())
+    assert all(weight.grad is not None for weight in student.parameters())
+
+
 def test_in_half_precision_the_logits_are_rounded_and_the_loss_is_taken_in_float32(half):
     net, idx, targets = awake(TINY), tokens(2, 12), tokens(2, 12, seed=2)
     if half == "weights":
@@ -473,6 +503,15 @@ def test_a_captured_step_is_replayed_and_not_run(place, monkeypatch):
     assert generated(net, idx, greedy(20)) == first
 
 
+def test_a_fresh_cache_is_zero_since_a_captured_step_reads_all_of_it_and_nan_passes_a_mask():
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised with nan
+    try:
+        cache = KVCache(TINY, 2, CPU, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not cache.keys.any() and not cache.values.any()
+
+
 @pytest.mark.parametrize("change", ["in place", "by others"])
 def test_a_step_reads_the_weights_as_they_are_now(place, change):
     net, idx = place(awake(TINY)), tokens(2, 4).to(place.device)
@@ -564,6 +603,7 @@ def test_on_cuda_in_half_precision_capturing_changes_no_bit_and_rounding_little(
     with torch.no_grad():
         step = DecodeStep(net, 4)
     captured = step_logits(step, idx, 20)
+    assert step.graph is not None
     step.graph = None  # the same step, its kernels launched one by one
     assert torch.equal(step_logits(step, idx, 20), captured)
     assert 0 < (captured - exact).norm() / exact.norm() < 16 * torch.finfo(dtype).eps
@@ -746,6 +786,13 @@ def test_every_way_to_be_greedy_takes_the_most_likely_token(change):
     logits = random_logits()
     token = sample_next_token(logits, torch.ones(90, 1, dtype=torch.long), replace(PLAIN, **change), EOS)
     assert torch.equal(token, logits.argmax(-1))
+
+
+def test_a_token_is_drawn_in_float32_also_from_logits_in_half_precision():
+    logits, context = random_logits().bfloat16(), torch.ones(90, 1, dtype=torch.long)
+    drawn = [sample_next_token(given, context, PLAIN, EOS, torch.Generator().manual_seed(0))
+             for given in (logits, logits.float())]
+    assert torch.equal(*drawn)
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():

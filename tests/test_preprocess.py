@@ -3,6 +3,7 @@ import collections
 import contextlib
 import csv
 import datetime
+import io
 import itertools
 import json
 import math
@@ -78,16 +79,27 @@ def stories(data_dir):
     return list(read("train")), list(read("val"))
 
 
+def table(data_dir):
+    """{row: [stories, bytes]} of the table that the command prints for a corpus."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        preprocess.report(data_dir, json.loads((data_dir / "meta.json").read_text(encoding="utf-8")))
+    header, *lines = printed.getvalue().strip("\n").split("\n")
+    rows = list(itertools.takewhile(lambda line: line.startswith(("read", "  ")), lines))
+    assert header.split() == ["stories", "bytes", "of", "text", "tokens"] and max(map(len, [header, *rows])) <= 60
+    return {row[:24].strip(): [int(number.replace(",", "")) for number in row[24:].split()[:2]] for row in rows}
+
+
 def accounted(data_dir, texts):
     """(training stories, validation stories) of a corpus that was made of `texts` (None: an empty row).
 
-    What it holds and what it says it left out are all of them, in stories and in bytes. No text is on both sides.
+    The table says that they all were read, and its other rows add up to them. No text is on both sides.
     """
     train, val = stories(data_dir)
-    meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
-    left_out = np.sum(list(meta["left_out"].values()), axis=0) if meta["left_out"] else np.array([0, 0])
-    assert [len(train) + len(val), sum(len(text.encode()) for text in train + val)] \
-        == [len(texts) - left_out[0], sum(len((text or "").encode()) for text in texts) - left_out[1]]
+    read, *sides = [[len(side), sum(len((text or "").encode()) for text in side)] for side in (texts, train, val)]
+    (title, first), *rows = table(data_dir).items()
+    assert title.startswith("read") and first == read and [size for _, size in rows[:2]] == sides
+    assert np.sum([size for _, size in rows], axis=0).tolist() == read and all(any(size) for _, size in rows)
     assert not set(train) & set(val)
     return train, val
 
@@ -262,7 +274,7 @@ def test_stories_fit_the_context_of_the_demo_model_and_a_bigram_model_stays_far_
 AWKWARD = ["null", "None", "NA", "nan", "True", "00012", "12345678901234567890", "1e5", "2024-01-01", "#", "[", "'q'",
            'He said: "Come, and\nsee", and went; so\tdid I.', "  two  spaces  ", "e\u0301", "<s></s><unk><0x41>",
            "a\u2028b\x0cc", "one\n\n\n\nfour", ", ,", "\\n", "%s {0}"]
-LINE_ENDS = ["of\r\nWindows", "a lone \r", "\nfirst", "last\n"]
+LINE_ENDS = ["\nfirst", "last\n"]  # a txt file has them around its separators too
 STORIES = tales(40) + AWKWARD
 
 
@@ -327,6 +339,32 @@ def test_text_is_split_at_separators_wherever_a_block_ends(texts, size):
     assert list(found) == [(story, True) for story in expected]
 
 
+def test_line_ends_of_windows_and_of_old_macs_become_lf_in_all_formats(tmp_path, few_parts):
+    texts = [*tales(40), "of\r\nWindows", "of an old\rMac", "both\r\r\nof them"]
+    (tmp_path / "a.txt").write_bytes("<|endoftext|>".join(texts).encode())
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    as_csv(tmp_path / "a.csv", texts)
+    expected = [*tales(40), "of\nWindows", "of an old\nMac", "both\n\nof them"]
+    for name in ("a.txt", "a.jsonl", "a.csv"):
+        prepare(tmp_path / name, tmp_path / name[2:], *SMALL)
+        assert sorted(sum(accounted(tmp_path / name[2:], expected), [])) == sorted(expected)
+
+
+@pytest.mark.parametrize("row", ['"Once there was a cat.', '"Hello" said Tom.', '"He said \\"hi\\" to me."'],
+                         ids=["never closed", "around a word", "with backslashes"])
+def test_a_csv_file_with_a_stray_quote_is_refused_instead_of_losing_rows_or_quotes(tmp_path, row):
+    (tmp_path / "a.csv").write_text("\n".join(["text", *tales(30), row, *tales(30)]), encoding="utf-8")
+    error = refused(tmp_path / "a.csv", tmp_path / "data")
+    assert "a.csv cannot be read" in error and 'each one inside doubled ("")' in error
+
+
+@pytest.mark.parametrize("header, row", [("id,text", "{0},{1}"), ("text,id", "{1},{0}")])
+def test_a_csv_file_with_line_breaks_outside_quotes_is_refused_instead_of_cutting_its_stories(tmp_path, header, row):
+    rows = [row.format(i, text.replace(". ", ".\n")) for i, text in enumerate(tales(30))]
+    (tmp_path / "a.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+    assert "fewer cells in line 3 than in its header" in refused(tmp_path / "a.csv", tmp_path / "data")
+
+
 def test_empty_rows_are_counted_and_no_stories(tmp_path, few_parts):
     texts = [*itertools.chain.from_iterable(zip(tales(60), itertools.cycle(["", " \n", None])))]
     prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "data", *SMALL)
@@ -380,7 +418,7 @@ def test_words_in_names_are_no_splits_and_every_file_is_read(tmp_path, few_parts
     output = prepare(tmp_path / "my texts", tmp_path / "data", *SMALL)
     train, val = accounted(tmp_path / "data", sum(texts, []))
     assert len(val) == 1 and sorted(train + val) == sorted(sum(texts, []))
-    assert f"read: {len(names)} files of" in output and "not read" not in output
+    assert re.search(rf"^read: {len(names)} files? ", output, re.M) and "not read" not in output
 
 
 @pytest.mark.parametrize("train_names, val_name", [
@@ -394,21 +432,35 @@ def test_a_split_of_its_own_is_kept_and_training_does_without_its_stories(tmp_pa
     for name, part in zip(train_names, parts):
         write_jsonl(tmp_path / "corpus" / name, part)
     write_jsonl(tmp_path / "corpus" / val_name, ["", *val])
-    output = prepare(tmp_path / "corpus", tmp_path / "data", *SMALL)
+    prepare(tmp_path / "corpus", tmp_path / "data", *SMALL)
     assert accounted(tmp_path / "data", [*sum(parts, []), *val, ""]) \
         == ([text for text in sum(parts, []) if text not in val], val)
-    assert f"left out: {3 * len(parts)} stories" in output and "also in the validation set" in output
-    assert "left out: 1 story (0 bytes) empty" in output
+    rows, copies = table(tmp_path / "data"), sum(len(text.encode()) for text in val[:3])
+    assert rows["skipped: in validation"] == [3 * len(parts), copies * len(parts)] and rows["skipped: empty"] == [1, 0]
 
 
-def test_a_file_that_is_not_read_is_named(tmp_path, few_parts):
+def test_a_file_that_is_not_read_is_named_with_the_reason(tmp_path, few_parts):
     folder = tmp_path / "texts"
     for name, seed in (("train", 0), ("validation", 1), ("test", 2)):
         write_txt(folder / f"{name}.txt", tales(30, seed))
-    (folder / "README.md").touch()
+    for name in ("README.md", "a.png", "b.tar.GZ", "c.zip"):
+        (folder / name).touch()
     output = prepare(folder, tmp_path / "data", *SMALL)
     assert accounted(tmp_path / "data", tales(30) + tales(30, 1)) == (tales(30), tales(30, 1))
-    assert "read: 2 files of" in output and "not read: 2 other files (README.md, test.txt)" in output
+    assert re.findall("^(?:not )?read.*?: .*", output, re.M) == [
+        f"read: 2 files                   60 {sum(map(len, map(str.encode, tales(30) + tales(30, 1)))):13,}",
+        "not read (another format): 2 (README.md, a.png)",
+        "not read (is an archive: unpack it): 2 (b.tar.GZ, c.zip)", "not read (the test split): 1 (test.txt)"]
+    assert prepare(folder, tmp_path / "data", *SMALL) == f"{tmp_path / 'data'} is up to date.\n{output}"
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.txt.gz", "A.TAR", "a.7z", "a.bz2", "a.xz", "a.jsonl.zst"])
+def test_an_archive_alone_is_refused_by_name(tmp_path, name):
+    (tmp_path / "texts").mkdir()
+    for path in (tmp_path / "texts" / "README.md", tmp_path / "texts" / name):
+        path.touch()
+    for dataset in (tmp_path / "texts", path):
+        assert f"{path} is an archive: unpack it and pass --dataset with a txt" in refused(dataset, tmp_path / "data")
 
 
 def test_mixed_formats_are_refused_with_the_count_of_each(tmp_path):
@@ -462,17 +514,17 @@ TEXTS = st.lists(st.text("aбя😀 \n", max_size=60), min_size=1, max_size=12)
 
 
 def split(folder, texts):
-    """(training texts, validation texts, sizes of what is left out) of a file of `texts`, read in tiny pieces."""
+    """(training texts, validation texts, size read, {row: size}) of a file of `texts`, read in tiny pieces."""
     config = CorpusConfig(dataset=str(write_jsonl(folder / "a.jsonl", texts)))
     with mock.patch.multiple(preprocess, PIECE_CHARS=7, BATCH_BYTES=20):
-        train, val, left_out = preprocess.train_val_split(preprocess.local_rows(config, folder)[0], "a")
+        train, val, *sizes = preprocess.train_val_split(preprocess.local_rows(config, folder)[0], "a")
         found = []
         for side in (train, val):
             found.append([])
             for text, starts in ((text, starts) for batch in side.batches() for text, starts in zip(*batch)):
                 found[-1] += [text] if starts else [found[-1].pop() + text]
             assert side.story_bytes().tolist() == [len(text.encode()) for text in found[-1]]
-    return *found, np.sum([*left_out.values(), [0, 0]], axis=0).tolist()
+    return *found, *sizes
 
 
 @given(TEXTS, st.randoms(use_true_random=False))
@@ -485,17 +537,16 @@ def split(folder, texts):
 def test_nothing_is_lost_or_on_both_sides_and_validation_is_small(texts, rng):
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train, val, left_out = split(Path(folder) / "1", texts)
+            train, val, read, left_out = split(Path(folder) / "1", texts)
         except UserError as error:
             assert "too little text" in error.message and not any(len(text.strip()) > 1 for text in texts)
             return
         shuffled = rng.sample(texts, len(texts))
         assert sorted(split(Path(folder) / "2", shuffled)[1]) == sorted(val)
-    size = sum(len(text.encode()) for text in texts)
-    assert [len(train) + len(val) + left_out[0], sum(len(text.encode()) for text in train + val) + left_out[1]] \
-        in ([len(texts), size], [len(texts) + 1, size])  # one more where a story was cut in two
-    held_out = sum(len(text.encode()) for text in val)
-    if len(train) + len(val) + left_out[0] > len(texts):
+    size, held_out = (sum(len(text.encode()) for text in side) for side in (texts, val))
+    prepared = [len(train) + len(val), sum(len(text.encode()) for text in train) + held_out]
+    assert (prepared + sum(left_out.values())).tolist() == read.tolist() == [len(texts), size]
+    if "counted twice (cut)" in left_out:
         assert len(val) == 1 and any(head + val[0] in texts for head in train)
         assert min(0.05 * size, 1) - 1 < held_out <= max(0.1 * size, 4)
     else:
@@ -532,8 +583,9 @@ def write_corpus(path, texts):
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(files=st.dictionaries(st.tuples(FOLDERS, NAMES), CONTENTS, min_size=1, max_size=5),
        suffixes=st.sampled_from([[".txt"], [".jsonl", ".JSONL", ".json"], [".csv", ".CSV"], [".parquet"]]),
-       others=st.sets(st.sampled_from(["README.md", "cat.png", ".DS_Store", "notes.docx"])))
-def test_every_document_of_any_names_layout_format_and_contents_is_read_or_spoken_of(few_parts, files, suffixes, others):
+       others=st.sets(st.sampled_from(["README.md", "cat.png", ".DS_Store", "old.zip"])))
+def test_every_document_of_any_names_layout_format_and_contents_is_read_or_spoken_of(few_parts, files, suffixes,
+                                                                                      others):
     with tempfile.TemporaryDirectory() as folder:
         source, data_dir, documents = Path(folder) / "[my] corpus", Path(folder) / "data", {}
         files[("train", "filler")] = tales(60)  # enough text for a vocabulary
@@ -546,15 +598,16 @@ def test_every_document_of_any_names_layout_format_and_contents_is_read_or_spoke
                   for name, paths in preprocess.local_files(source)[0].items()}
         val = splits.get("validation") or splits.get("test")
         if len(splits) > 1 and not any(map(str.strip, val or [])):
-            assert "too little text" in refused(source, data_dir, "--vocab-size", 330)
+            assert "contains no text: add some, or remove this split" in refused(source, data_dir, *SMALL)
             return
-        output = prepare(source, data_dir, "--vocab-size", 330)
-        unread = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))["unread"]
+        output = prepare(source, data_dir, *SMALL)
+        not_read = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))["not_read"]
+        unread = sum(not_read.values(), [])
         hidden = [path for path in documents if ".hidden" in path.parts]
         accounted(data_dir, [text for path, texts in documents.items() if path not in hidden and str(path) not in unread
                              for text in texts])
         assert {Path(path).name for path in unread if Path(path) not in documents} == others - {".DS_Store"}
-        assert not unread or f"not read: {len(unread)} other files" in output
+        assert all(f"not read ({reason}): {len(paths)} (" in output for reason, paths in not_read.items())
 
 
 def test_a_long_document_gives_the_end_of_a_paragraph_to_validation(tmp_path, few_parts):
@@ -562,6 +615,8 @@ def test_a_long_document_gives_the_end_of_a_paragraph_to_validation(tmp_path, fe
     prepare(write_txt(tmp_path / "book.txt", [text]), tmp_path / "data", *SMALL)
     (head,), (tail,) = stories(tmp_path / "data")
     assert head + tail == text and head.endswith("\n\n") and not tail.startswith("\n")
+    assert list(accounted(tmp_path / "data", [text])) == [[head], [tail]]
+    assert table(tmp_path / "data")["counted twice (cut)"] == [-1, 0]
     assert 0.05 <= len(tail.encode()) / len(text.encode()) < 0.06
 
 
@@ -573,9 +628,24 @@ def test_what_a_cut_document_keeps_is_counted_where_the_selection_leaves_it_out(
             break
     prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "data", *SMALL, "--num-files", 25)
     train, (tail,) = stories(tmp_path / "data")
-    left_out = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))["left_out"]
-    assert train == [note] and texts[1].endswith(tail)
-    assert left_out == {"not selected": [1, len(texts[1].encode()) - len(tail.encode())]}
+    assert train == [note] and texts[1].endswith(tail) and accounted(tmp_path / "data", texts)
+    head_bytes = len(texts[1].encode()) - len(tail.encode())
+    assert list(table(tmp_path / "data").items())[3:] == [("counted twice (cut)", [-1, 0]),
+                                                          ("skipped: not selected", [1, head_bytes])]
+
+
+@pytest.mark.parametrize("train, val, options, percent", [
+    (tales(60), tales(6, 1), [], None), (tales(60), tales(20, 1), [], 24), (tales(60), None, [], None),
+    (tales(60), tales(6, 1), ["--num-files", 1], None), (tales(1) * 60 + tales(2, 5), None, [], 35)],
+    ids=["a tenth", "a quarter", "held out", "of more than is selected", "of what is no copy"])
+def test_validation_of_over_a_tenth_of_the_text_is_warned_of(tmp_path, few_parts, train, val, options, percent):
+    for name, texts in ("train", train), ("validation", val):
+        if texts:
+            write_jsonl(tmp_path / "texts" / f"{name}.jsonl", texts)
+    output = prepare(tmp_path / "texts", tmp_path / "data", *options, "--vocab-size", 310)
+    assert accounted(tmp_path / "data", train + (val or []))
+    warnings = re.findall(r"Warning: validation is (\d+)% of the text, .*, then rerun with --overwrite\.", output)
+    assert warnings == [str(percent)] * (percent is not None)
 
 
 # -----------------------------------------------------------------------------
@@ -614,12 +684,12 @@ def test_selections_are_nested_random_and_repeat_for_a_seed():
 @pytest.mark.parametrize("options", [["--num-files", 20], ["--sample-rate", 0.3],
                                      ["--num-files", 1, "--sample-rate", 0.5]])
 def test_a_selection_never_touches_validation(master, source, tmp_path, options):
-    output = prepare(source, tmp_path / "data", *options, *SMALL)
+    prepare(source, tmp_path / "data", *options, *SMALL)
     all_train, all_val = stories(master)
     train, val = accounted(tmp_path / "data", TALES)
     assert val == all_val and 0 < len(train) < 0.6 * len(all_train)
     assert train == [text for text in all_train if text in set(train)]
-    assert f"left out: {len(all_train) - len(train)} stories" in output and "not selected" in output
+    assert table(tmp_path / "data")["skipped: not selected"][0] == len(all_train) - len(train)
 
 
 # -----------------------------------------------------------------------------
@@ -948,11 +1018,14 @@ BAD_SOURCES = {
     "dates": ("a.parquet", lambda path, texts: pyarrow.parquet.write_table(
         pyarrow.table(dict(text=[datetime.date(2024, 1, 1)])), path), [], "'text' contains date, not text"),
     "no columns": ("a.json", lambda path, texts: path.write_text(json.dumps(texts)), [], "no named columns"),
-    "semicolons": ("a.csv", lambda path, texts: path.write_text("id;text\n1;a\n"), [], "needs commas"),
+    "semicolons": ("a.csv", lambda path, texts: path.write_text("id;text\n1;a, b\n"), [],
+                   "has semicolons between its columns: save it with commas, then rerun."),
+    "tabs": ("a.csv", lambda path, texts: path.write_text("id\ttext\n1\ta\n"), [],
+             "has tabs between its columns: save it with commas, then rerun."),
     "bare commas": ("a.csv", lambda path, texts: path.write_text("text\nOne\nHello, world\n"), [],
                     "more cells in line 3 than in its header"),
-    "broken line": ("a.jsonl", lambda path, texts: path.write_text('{"text": "one"}\n{"text":\n'), [],
-                    "cannot be read"),
+    "broken line": ("a.jsonl", lambda path, texts: path.write_text('{"text": "one"}\n\n{"text":\n'), [],
+                    "cannot be read (line 3: Expecting value): fix or remove it, then rerun."),
     "broken array": ("a.json", lambda path, texts: path.write_text('[{"text": "one"},'), [], "cannot be read"),
     "surrogate": ("a.jsonl", lambda path, texts: path.write_text('{"text": "one \\ud83d"}\n'), [], "surrogate pair"),
     "Latin-1 txt": ("a.txt", lambda path, texts: path.write_bytes("café".encode("latin-1")), [], "not UTF-8"),
@@ -980,6 +1053,24 @@ def test_a_bad_source_is_named_in_one_line_and_harms_nothing(prepared, tmp_path,
     assert says in line and (str(path) in line or options or "vocabulary" in line)
     assert not (tmp_path / "new" / "meta.json").exists()
     assert refused(path, prepared, *options, *SMALL, "--overwrite") == line and snapshot(prepared) == before
+
+
+def test_files_with_different_columns_are_refused_with_the_file_that_lacks_the_column_and_its_columns(tmp_path):
+    write_jsonl(tmp_path / "texts" / "a.jsonl", tales(30))
+    path = write_jsonl(tmp_path / "texts" / "b.jsonl", tales(30), "story")
+    assert f"{path} has no column 'text', but id, story: choose one that all files have with --text-field." \
+        in refused(tmp_path / "texts", tmp_path / "data")
+
+
+def test_a_validation_split_without_text_is_named_with_what_to_do(tmp_path, few_parts):
+    for texts in ([], ["", " \n", None]):
+        write_jsonl(tmp_path / "texts" / "train.jsonl", tales(60))
+        path = write_jsonl(tmp_path / "texts" / "validation.jsonl", texts)
+        assert f"the validation split of {path.parent} contains no text: add some, or remove this split to have " \
+            "validation held out from the training text, then rerun." in refused(path.parent, tmp_path / "data", *SMALL)
+    path.unlink()
+    prepare(path.parent, tmp_path / "data", *SMALL)
+    assert len(accounted(tmp_path / "data", tales(60))[1]) == 1
 
 
 def test_damage_inside_a_parquet_file_is_laid_at_its_door(tmp_path):
@@ -1052,6 +1143,13 @@ def test_a_single_split_is_training_text_whatever_its_name(hub, tmp_path, few_pa
     assert sorted(train + val) == sorted(tales(100)) and len(train) > 90
     hub.splits = {"part1": tales(9), "part2": tales(9)}
     assert "no split named train, but part1, part2" in refused("tales", tmp_path / "other", *SMALL)
+
+
+def test_splits_on_the_hub_that_are_not_read_are_named(hub, tmp_path, few_parts):
+    hub.splits |= {"test": tales(9, 2), "unsupervised": tales(9, 3)}
+    output = prepare("owner/tales", tmp_path / "data", *SMALL)
+    assert accounted(tmp_path / "data", tales(100) + tales(30, 1)) == (tales(100), tales(30, 1))
+    assert "not read (other splits): 2 (test, unsupervised)\n" in output
 
 
 def test_text_files_on_the_hub_follow_the_rules_of_local_ones(hub, tmp_path, few_parts, monkeypatch):

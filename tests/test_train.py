@@ -31,7 +31,7 @@ import preprocess
 import train
 from config import IGNORE_INDEX, PRESETS, GPTConfig, TrainConfig, UserError, folder_lock, only_fields
 from data import Corpus, TrainLoader, Validation
-from model import GPT, load_checkpoint
+from model import GPT, TrainingLoss, load_checkpoint
 from train import MuonAdamW, configure_optimizer, estimate_loss, lr_multiplier, orthogonalize
 
 CPU = torch.device("cpu")
@@ -306,15 +306,30 @@ def test_the_story_that_is_printed_is_drawn_in_evaluation_mode_and_training_cont
     assert train.sample_story(model, corpus.tokenizer, 80, 5, CPU) == "a\ufffd[31m\ufffdb\n\tc", "sent to a terminal"
 
 
-def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_own_name(data, tmp_path, corpus):
-    run_train(data, tmp_path, final_eval_tokens=3000)
+@pytest.mark.parametrize("final", [3000, 0])  # 0: all
+def test_the_last_line_has_the_loss_over_the_final_evaluation_tokens_under_its_own_name(data, tmp_path, corpus, final):
+    run_train(data, tmp_path, final_eval_tokens=final)
     *before, last = validation_lines(tmp_path)
     assert [row["iter"] for row in before] == [0, 5, 10] and not any("full_val_loss" in row for row in before)
     model = load_checkpoint(tmp_path / "ckpt.pt")[0]
-    for prefix, tokens in (("", 400), ("full_", 3000)):
+    for prefix, tokens in (("", 400), ("full_", final)):
         exact = estimate_loss(model, Validation(corpus, 32, tokens, False), 2, CPU, torch.float32)
         assert {name: last[prefix + name] for name in exact} == pytest.approx(exact, rel=1e-6)
         assert exact.keys() == {"val_loss", "val_bpb", "floor"}
+
+
+def test_each_evaluation_prints_another_story_and_a_resume_repeats_none(data, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(train, "sample_story", lambda model, tokenizer, length, seed, device: seeds.append(seed) or "")
+    run_train(data, tmp_path, max_iters=10)
+    resume(tmp_path, "--max-iters", 12)
+    assert [row["iter"] for row in validation_lines(tmp_path)] == [0, 5, 10, 12] and len(set(seeds)) == len(seeds) == 3
+
+
+def test_a_loss_is_described_with_its_distance_to_the_floor_once_that_is_near():
+    assert train.describe_loss(1.5, 0.7, 1.2) == "loss 1.5000, 0.7000 bits per byte, 25.0% above the floor of 1.2000"
+    assert train.describe_loss(2.5, 1.0, 1.2) == "loss 2.5000, 1.0000 bits per byte (floor 1.2000)"
+    assert train.describe_loss(2.5, 1.0) == "loss 2.5000, 1.0000 bits per byte"
 
 
 # -----------------------------------------------------------------------------
@@ -520,15 +535,18 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_ends_the_run_
     assert max(row["iter"] for row in metrics(tmp_path)) < end
 
 
-@pytest.mark.parametrize("broken_at, stop, message", [(7, True, "made weights that are not finite"),
-                                                      (10, False, "the validation loss is not finite at iteration 10")])
-def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch, broken_at, stop, message):
+@pytest.mark.parametrize("broken, broken_at, stop, message", [
+    ("weights", 7, True, "made weights that are not finite"), ("moments", 7, True, "not finite"),
+    ("weights", 10, False, "the validation loss is not finite at iteration 10")])
+def test_weights_and_moments_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch, broken, broken_at, stop,
+                                                                 message):
     real, numbers = MuonAdamW.step, itertools.count(1)
 
     def step(optimizer):
         real(optimizer)
         if next(numbers) == broken_at:
-            optimizer.param_groups[0]["params"][-1].data.fill_(math.nan)
+            weight = optimizer.param_groups[0]["params"][-1]
+            (weight.data if broken == "weights" else optimizer.state[weight]["exp_avg_sq"]).fill_(math.nan)
             if stop:
                 signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(MuonAdamW, "step", step)
@@ -582,6 +600,23 @@ def test_an_update_that_is_skipped_changes_nothing_but_the_scale_and_is_counted_
     assert [row["loss_scale"] for row in rows] == [8.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0, 2.0]
     assert [row["grad_norm"] is None for row in rows] == [False, True, False, False, True, False, False, False]
     assert [same(*pair) for pair in itertools.pairwise(weights)] == [False, True, False, False, True, False, False]
+
+
+def test_a_line_says_the_time_left_with_evaluations_and_how_many_updates_were_skipped(data, tmp_path, monkeypatch,
+                                                                                      cpu_scaler):
+    clock, real = Clock(), estimate_loss
+
+    def takes_six_minutes(*args):
+        clock.now += 360
+        return real(*args)
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "estimate_loss", takes_six_minutes)
+    cpu_scaler(8.0)
+    at_each_step(monkeypatch, lambda optimizer, n: setattr(clock, "now", clock.now + 60))
+    at_each_loss(monkeypatch, lambda loss, n: infinite_gradient(loss) if n == 5 else loss)
+    output, skipped = run_train(data, tmp_path), "1 skipped"
+    lines = re.findall(r"^iter (\d+)/12: loss [\d.]+(?:, (.+?) left)?, .*?(\d+ skipped)?$", output, re.MULTILINE)
+    assert lines == [("3", "", ""), ("6", "18 min", skipped), ("9", "6 min", skipped), ("12", "0 s", skipped)]
 
 
 @pytest.mark.parametrize("count", [30, 31])
@@ -809,10 +844,12 @@ def test_fine_tuning_takes_weights_and_shape_from_the_checkpoint_and_nothing_of_
 def test_fine_tuning_takes_the_learning_settings_of_the_preset_given(corpus):
     shape = GPTConfig(**only_fields(GPTConfig, PRESETS["demo"]), vocab_size=512)
     checkpoint = dict(tokenizer=corpus.tokenizer.model_bytes, preset="rtx3050")
-    preset, same_shape, config = train.settings_for_init_from(checkpoint, shape, "demo", dict(seed=4), corpus, "a.pt")
+    given = dict(data_dir="data", seed=4)
+    preset, same_shape, config = train.settings_for_init_from(checkpoint, shape, "demo", given, corpus, "a.pt")
     assert (preset, same_shape) == ("demo", shape)
     assert (config.tokens_per_iter, config.max_iters, config.warmup_iters, config.seed) == (5120, 320, 50, 4)
-    assert train.settings_for_init_from(checkpoint, shape, None, {}, corpus, "a.pt")[2] == TrainConfig()
+    del given["seed"]
+    assert train.settings_for_init_from(checkpoint, shape, None, given, corpus, "a.pt")[2] == TrainConfig()
 
 
 def test_fine_tuning_refuses_another_shape_and_the_deletion_of_its_own_checkpoint(data, tmp_path):
@@ -843,6 +880,100 @@ def test_fine_tuning_on_a_corpus_with_another_tokenizer_prints_two_commands_that
 
 
 # -----------------------------------------------------------------------------
+# A teacher
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory):
+    """A checkpoint of another size, another kind of positions and a longer context than SMALL."""
+    out = tmp_path_factory.mktemp("teacher")
+    run_train(data, out, max_iters=6, n_layer=2, n_embd=24, position="rotary", block_size=48, tokens_per_iter=96)
+    return out / "best.pt"
+
+
+def test_a_teacher_changes_what_is_learned_and_the_loss_in_the_log_stays_that_of_the_text(data, tmp_path, teacher):
+    alone, taught = tmp_path / "alone", tmp_path / "taught"
+    for out, settings in ((alone, {}), (taught, dict(teacher=teacher))):
+        run_train(data, out, log_interval=1, dropout=0, **settings)
+    losses = [[row["train_loss"] for row in training_lines(out)] for out in (alone, taught)]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5), "of the same weights, on the same text"
+    assert not same(saved(alone)["model"], saved(taught)["model"])
+
+
+def test_the_closer_the_teacher_is_followed_the_closer_the_student_is_to_it(data, tmp_path, teacher, corpus):
+    ids = torch.tensor(corpus.val.read(0, 33), dtype=torch.long)[None]
+    expected, distances = load_checkpoint(teacher)[0](ids[:, :32]).softmax(-1), []
+    for weight in (0.01, 1):
+        out = tmp_path / str(weight)
+        run_train(data, out, teacher=teacher, teacher_weight=weight, max_iters=200, eval_interval=200, dropout=0)
+        student = load_checkpoint(out / "ckpt.pt")[0](ids[:, :32]).log_softmax(-1)
+        distances.append(torch.nn.functional.kl_div(student, expected, reduction="sum"))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_stopped_and_resumed_with_a_teacher_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, teacher):
+    whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved.pt"
+    run_train(data, whole, teacher=teacher)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        run_train(data, parts, teacher=teacher, expect=130)
+    shutil.copy(teacher, moved)  # its contents matter, not its name
+    resume(parts, "--teacher", moved)
+    assert same_run(whole, parts, "teacher")
+    assert saved(parts)["teacher_sha256"] == hashlib.sha256(teacher.read_bytes()).hexdigest()
+
+
+def test_four_micro_batches_of_one_with_a_teacher_are_one_of_four(data, tmp_path, monkeypatch, teacher):
+    (one, log), (four, same_log) = (gradients(data, tmp_path / str(size), monkeypatch, batch_size=size, teacher=teacher)
+                                    for size in (4, 1))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(one, four, strict=True))
+    assert [row["train_loss"] for row in log] == pytest.approx([row["train_loss"] for row in same_log], rel=1e-5)
+
+
+def test_a_plan_and_fine_tuning_work_with_a_teacher_too(data, tmp_path, teacher):
+    output = run_train(data, tmp_path / "plan", teacher=teacher, plan=True)
+    assert f"Teacher: {teacher}" in output and "Measured: " in output
+    start = tmp_path / "start" / "best.pt"
+    run_train(data, start.parent, max_iters=2)
+    tuned = dict.fromkeys(("n_layer", "n_head", "n_embd", "intermediate_size", "block_size"))
+    run_train(data, tmp_path / "tuned", teacher=teacher, init_from=start, max_iters=2, **tuned)
+    assert saved(tmp_path / "tuned")["train_config"]["teacher"] == str(teacher)
+
+
+def test_a_resume_asks_for_the_same_teacher(data, tmp_path, teacher):
+    taught, alone, other = tmp_path / "taught", tmp_path / "alone", tmp_path / "alone" / "best.pt"
+    run_train(data, taught, teacher=teacher, max_iters=2)
+    run_train(data, alone, max_iters=2)
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    for out, path, message in ((taught, other, f"the SHA-256 {digest}: pass that one"),
+                               (alone, teacher, "has none: omit it"),
+                               (taught, tmp_path / "gone.pt", "gone.pt does not exist: pass its path with --teacher")):
+        before = files(out)
+        assert message in resume(out, "--max-iters", 4, "--teacher", path, expect=1)
+        assert files(out) == before
+
+
+def test_a_teacher_that_cannot_read_the_text_is_refused(data, tmp_path, teacher):
+    assert "reads at most 48 tokens: train with --block-size 48 or less" in run_train(
+        data, tmp_path / "out", teacher=teacher, block_size=64, expect=1)
+    tokenizer = tmp_path / "tok.model"
+    prepare = ["prepare-dataset", "--dataset", "sample", "--vocab-size", "300", "--sample-rate", "0.02", "--data-dir"]
+    assert CliRunner().invoke(preprocess.main, [*prepare, str(tmp_path / "other")]).exit_code == 0
+    output = run_train(tmp_path / "other", tmp_path / "out", teacher=teacher, expect=1)
+    assert f"{teacher} has another tokenizer than the corpus" in output and "export.py --format tokenizer" in output
+    assert not tokenizer.exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_flags_of_a_teacher_are_refused_where_they_have_no_effect_or_would_delete_it(data, tmp_path):
+    assert "--teacher-weight has no effect without --teacher" in run_train(data, tmp_path / "out", teacher_weight=0.3,
+                                                                           expect=1)
+    out = tmp_path / "first"
+    run_train(data, out, max_iters=2)
+    before = files(out)
+    assert "--overwrite would delete" in run_train(data, out, teacher=out / "best.pt", overwrite=True, expect=1)
+    assert files(out) == before
+
+
+# -----------------------------------------------------------------------------
 # What is refused, and what is printed
 
 @pytest.mark.parametrize("words, message", [
@@ -860,6 +991,15 @@ def test_a_resume_refuses_what_contradicts_the_run_and_changes_no_file(data, tmp
     before = files(tmp_path)
     assert re.search(message, resume(tmp_path, *words, expect=1))
     assert before == files(tmp_path)
+
+
+def test_a_resume_refuses_to_change_anything_else_that_decides_what_is_learned(data, tmp_path):
+    run_train(data, tmp_path, max_iters=2)
+    for words in ("--tokens-per-iter 256", "--optimizer adamw", "--embedding-learning-rate 0.5", "--schedule cosine",
+                  "--min-lr-ratio 0.5", "--warmup-iters 1", "--decay-fraction 0.5", "--weight-decay 0.2", "--beta1 0.8",
+                  "--beta2 0.8", "--grad-clip 2", "--position rotary", "--bias", "--qk-norm"):
+        output = resume(tmp_path, *words.split(), "--max-iters", 4, expect=1)
+        assert f"{words.split()[0]} " in output and "contradicts" in output
 
 
 def prepared_again(data, folder, change=None):
@@ -1005,6 +1145,20 @@ def test_a_full_disk_while_logging_ends_the_run_with_a_command_that_resumes_it(d
     assert saved(out)["state"]["iter"] == 12
 
 
+def test_metrics_that_another_program_has_open_for_a_while_lose_no_line_and_end_no_run(data, tmp_path, monkeypatch):
+    """As on Windows, where Excel or a program that synchronises the folder keeps others from writing."""
+    real, refusals = open, iter(range(2))
+
+    def in_use(path, mode="r", *args, **kwargs):
+        if str(path).endswith("metrics.jsonl") and mode == "a" and next(refusals, None) is not None:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *args, **kwargs)
+    monkeypatch.setattr(train, "open", in_use, raising=False)
+    run_train(data, tmp_path)
+    assert next(refusals, None) is None
+    assert [row["iter"] for row in metrics(tmp_path)] == [0, 3, 5, 6, 9, 10, 12, 12]
+
+
 def test_more_than_twenty_epochs_are_warned_of_with_a_number_of_iterations_that_is_not(data, tmp_path):
     output = run_train(data, tmp_path, plan=True, max_iters=100_000)
     enough = re.search(r"Warning: beyond about 20 epochs .* --max-iters (\d+)$", output, re.MULTILINE)[1]
@@ -1021,10 +1175,11 @@ def test_a_cpu_beside_an_nvidia_driver_is_warned_of(data, tmp_path, monkeypatch)
 
 
 def test_a_plan_measures_a_few_iterations_and_writes_nothing(data, tmp_path, monkeypatch):
-    seen = []
-    at_each_step(monkeypatch, lambda optimizer, n: seen.append(n))
+    seen, clock = [], Clock()
+    monkeypatch.setattr(train, "time", clock)
+    at_each_step(monkeypatch, lambda optimizer, n: seen.append(n) or setattr(clock, "now", clock.now + 1))
     output = run_train(data, tmp_path / "out", plan=True, max_iters=1_000_000)
-    assert len(seen) == 8 and re.search(r"Measured: \S+ tokens/s, so 1,000,000 iterations take [\d.]+ (min|h)", output)
+    assert len(seen) == 8 and "Measured: 128 tokens/s, so 1,000,000 iterations take 277.8 h" in output
     assert "2 micro-batches of 2 x 32" in output and "128.00M tokens in total" in output
     assert not (tmp_path / "out").exists()
     run_train(data, tmp_path / "run", max_iters=5)
@@ -1056,12 +1211,13 @@ def test_whether_to_compile_depends_on_the_settings_and_what_is_installed_alone(
     monkeypatch.setattr(train, "try_iteration", lambda *_: 0)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if triton else None)
     for it in (0, 1, max_iters):
-        run = SimpleNamespace(model=GPT(TINY), config=TrainConfig(compile=compile, max_iters=max_iters),
+        run = SimpleNamespace(training_loss=TrainingLoss(GPT(TINY)),
+                              config=TrainConfig(compile=compile, max_iters=max_iters),
                               device=torch.device("cuda" if cuda else "cpu"), optimizer=SimpleNamespace(update=None),
                               state=train.TrainState(iter=it))
-        model = train.compile_model(run, 2)
-        assert (model.compiled is run.model and run.optimizer.update.compiled is train.muon_update) if compiled \
-            else (model is run.model and run.optimizer.update is None)
+        loss = train.compile_model(run, 2)
+        assert (loss.compiled is run.training_loss and run.optimizer.update.compiled is train.muon_update) if compiled \
+            else (loss is run.training_loss and run.optimizer.update is None)
 
 
 def test_the_compiled_functions_are_those_that_train_and_trying_them_changes_nothing(data, tmp_path, monkeypatch):
@@ -1174,7 +1330,7 @@ class FakeGPU:
     def find(self):
         model = SimpleNamespace(config=SimpleNamespace(block_size=32))
         return train.find_batch_size(SimpleNamespace(config=TrainConfig(tokens_per_iter=32 * 96), device=self.device,
-                                                     model=model))
+                                                     model=model, training_loss=None))
 
 
 @pytest.mark.parametrize("figures, size", [
@@ -1202,6 +1358,13 @@ def test_batch_size_auto_stops_below_the_size_that_ran_out_of_memory_or_needed_m
     assert gpu.find() == 6
 
 
+def test_batch_size_auto_is_at_most_32_on_a_cpu():
+    model = SimpleNamespace(config=SimpleNamespace(block_size=32))
+    for sequences, size in ((96, 32), (100, 25), (12, 12)):
+        run = SimpleNamespace(config=TrainConfig(tokens_per_iter=32 * sequences), device=CPU, model=model)
+        assert train.find_batch_size(run) == size
+
+
 def test_batch_size_auto_changes_nothing_that_is_learned(data, tmp_path):
     assert "micro-batches of 4 fit" in run_train(data, tmp_path / "auto", batch_size="auto")
     run_train(data, tmp_path / "given", batch_size=4)
@@ -1217,10 +1380,12 @@ def opened(data, tmp_path, *, preset=None, path=None, resumed=False, **settings)
 def test_trying_an_iteration_changes_nothing(data, tmp_path, optimizer):
     run = opened(data, tmp_path, optimizer=optimizer, dropout=0.5)
     before = torch.get_rng_state(), [p.detach().clone() for p in run.model.parameters()]
-    assert train.try_iteration(run.model, 2, run) == 0
+    assert train.try_iteration(run.training_loss, 2, run) == 0
     assert same(before, (torch.get_rng_state(), [p.detach() for p in run.model.parameters()]))
     assert all(p.grad is None for p in run.model.parameters())
-    assert not any(tensor.any() for state in run.optimizer.state.values() for tensor in state.values())
+    moments = [tensor for state in run.optimizer.state.values() for tensor in state.values()]
+    assert sum(tensor.numel() for tensor in moments) >= run.model.count_parameters(), "they are part of the peak"
+    assert not any(tensor.any() for tensor in moments)
 
 
 # -----------------------------------------------------------------------------
@@ -1239,6 +1404,18 @@ def test_dropout_differs_between_processes_and_between_the_parts_of_a_run(data, 
     assert torch.equal(states[1], saved(tmp_path)["rng"])
     assert same(weights[0], weights[2]) and same(weights[0], weights[4]), "the weights are the same in all"
     assert same(weights[1], weights[3]) and not same(weights[0], weights_of(opened(data, tmp_path, seed=5).optimizer))
+
+
+@pytest.mark.parametrize("name, cuda, device, backend", [("auto", True, "cuda:1", "nccl"), ("cpu", True, "cpu", "gloo"),
+                                                         ("auto", False, "cpu", "gloo")])
+def test_each_process_takes_the_gpu_of_its_number_on_its_own_computer(monkeypatch, name, cuda, device, backend):
+    joined = []
+    for variable, value in (("RANK", 3), ("LOCAL_RANK", 1), ("WORLD_SIZE", 4)):
+        monkeypatch.setattr(train, variable, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(train, "choose_device", torch.device)
+    monkeypatch.setattr(train.dist, "init_process_group", joined.append)
+    assert train.init_distributed(name) == device and joined == [backend]
 
 
 def test_the_first_process_alone_writes_and_prints(data, tmp_path, monkeypatch, capsys):
@@ -1291,10 +1468,10 @@ run(2, "--resume", "--out-dir", out, "--max-iters", "1000000")
 
 
 @on_linux
-def test_two_processes_learn_what_one_learns_stop_at_a_signal_to_any_resume_and_end_together(data, tmp_path):
+def test_two_processes_learn_what_one_learns_stop_at_a_signal_to_any_resume_and_end_together(data, tmp_path, teacher):
     out, one, script, output = (tmp_path / name for name in ("two", "one", "runs.py", "output.txt"))
     settings = dict(tokens_per_iter=256, dropout=0, warmup_iters=0, decay_fraction=0, log_interval=1, sample_tokens=0,
-                    eval_interval=8)
+                    eval_interval=8, teacher=teacher)
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         ports = [str(server.getsockname()[1]) for server in servers]
@@ -1357,6 +1534,43 @@ def test_on_cuda_the_random_state_of_dropout_is_saved_and_restored(data, tmp_pat
 
 
 @on_gpu
+def test_on_cuda_a_loss_scale_that_overflows_is_halved_until_it_fits_and_the_skipped_updates_are_counted(data, tmp_path,
+                                                                                                        monkeypatch):
+    weights = []
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: GradScaler("cuda", init_scale=2.0**30))
+    at_each_step(monkeypatch, lambda optimizer, n: weights.append(weights_of(optimizer)))
+    run_train(data, tmp_path, device="cuda", compile="off", log_interval=1, max_iters=25)
+    rows = training_lines(tmp_path)
+    skips = [b - a for a, b in itertools.pairwise([0, *(row["skipped"] for row in rows)])]
+    assert skips[0] == 1 and sum(skips) < 20 and [row["grad_norm"] is None for row in rows] == [n == 1 for n in skips]
+    assert rows[-1]["loss_scale"] == 2.0 ** (30 - sum(skips))
+    assert [same(*pair) for pair in itertools.pairwise(weights)] == [n == 1 for n in skips[:-1]]
+
+
+@on_gpu
+@pytest.mark.parametrize("scale", [1e-7, 1e6])  # float16 would hold neither
+def test_on_cuda_muon_takes_gradients_of_any_size(scale):
+    changes = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        optimizer = configure_optimizer(GPT(TINY).to(device), TrainConfig())
+        optimizer.found_inf, before = torch.zeros((), device=device), weights_of(optimizer)
+        generator = torch.Generator().manual_seed(1)
+        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(device)
+        optimizer.step()
+        changes.append([(b - a).cpu() for a, b in zip(before, weights_of(optimizer), strict=True)])
+    assert all((a - b).norm() < 0.05 * a.norm() for a, b in zip(*changes, strict=True))
+
+
+@on_gpu
+def test_on_cuda_the_memory_in_the_log_is_that_of_the_run_alone(data, tmp_path):
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")  # free again at once
+    run_train(data, tmp_path, device="cuda", compile="off", max_iters=3)
+    assert 0 < training_lines(tmp_path)[-1]["peak_memory_mib"] < 1024
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_cuda_what_is_compiled_learns_what_is_not(data, tmp_path, dtype):
     pytest.importorskip("triton")
@@ -1371,7 +1585,8 @@ def test_on_cuda_what_is_compiled_learns_what_is_not(data, tmp_path, dtype):
 def test_on_cuda_trying_an_iteration_counts_its_peak_and_keeps_the_random_state(data, tmp_path):
     run = opened(data, tmp_path, device="cuda", dropout=0.5)
     before = torch.get_rng_state(), torch.cuda.get_rng_state(run.device)
-    peaks = [train.try_iteration(run.model, size, run) for size in (16, 64)]
+    larger, smaller = (train.try_iteration(run.training_loss, size, run) for size in (64, 16))  # no peak remains
+    peaks = [smaller, larger]
     assert same(before, (torch.get_rng_state(), torch.cuda.get_rng_state(run.device)))
     logits = 32 * 512 * 4  # bytes per sequence
     assert peaks[1] - peaks[0] > 48 * logits and peaks[0] > torch.cuda.memory_allocated(run.device) + 16 * logits

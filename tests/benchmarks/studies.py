@@ -1,4 +1,4 @@
-"""Four questions about training. Each command answers one with runs of train.py, a table, a JSON file and a picture.
+"""Five questions about training. Each command answers one with runs of train.py, a table, a JSON file and a picture.
 
     python tests/benchmarks/studies.py optimizer --data-dir data
 
@@ -19,9 +19,12 @@ from pathlib import Path
 import click
 import common
 
+from config import TrainConfig
+
 TINY_SCALE = 64  # --tiny divides the tokens of an iteration by this, and those of a run by its square
 SECONDS_LEFT = 20  # for a table and a picture after the last run
 PROBE_ITERS = 60
+SPEED_ITERS = 200
 
 
 # -----------------------------------------------------------------------------
@@ -58,9 +61,9 @@ def best(row):
 class Study:
     """The runs of one study, its rows in JSON after each of them, its table and its picture."""
 
-    def __init__(self, name, columns, work_dir, compiled, deadline, tiny, flags, tokens_per_iter):
+    def __init__(self, name, columns, work_dir, compiled, deadline, tiny, flags, tokens_per_iter, memory_gib=0):
         """`columns`: {title: function of a row that gives the cell}."""
-        self.name, self.columns, self.tiny, self.rows = name, columns, tiny, []
+        self.name, self.columns, self.tiny, self.rows, self.memory_gib = name, columns, tiny, [], memory_gib
         self.folder, self.clock = Path(work_dir) / name, common.Clock(deadline - SECONDS_LEFT)
         self.tokens_per_iter = tokens_per_iter // TINY_SCALE if tiny else tokens_per_iter
         evaluation = str(common.TINY_EVAL_TOKENS if tiny else 0)
@@ -70,17 +73,20 @@ class Study:
     def iterations(self, tokens):
         return max(1, round(tokens / (TINY_SCALE**2 if self.tiny else 1) / self.tokens_per_iter))
 
-    def run(self, name, data_dir, iterations, evaluations, *flags):
-        """The row of one whole run of train.py, evaluated about this many times. A micro-batch is an iteration."""
+    def run(self, name, data_dir, iterations, evaluations, *flags, tokens_per_iter=None):
+        """The row of one whole run of train.py, evaluated about this many times. A micro-batch is an iteration.
+
+        Of its checkpoints best.pt stays until finish(): it may be the teacher of a later run.
+        """
         folder, flags = self.folder / name, [*(common.TINY if self.tiny else []), *flags]
+        tokens_per_iter = tokens_per_iter or self.tokens_per_iter
         block_size = max([int(size) for name, size in zip(flags, flags[1:]) if name == "--block-size"][-1:] or [256])
-        flags += ["--data-dir", data_dir, "--tokens-per-iter", str(self.tokens_per_iter), "--batch-size",
-                  str(max(1, self.tokens_per_iter // block_size)), "--max-iters", str(iterations), "--eval-interval",
+        flags += ["--data-dir", data_dir, "--tokens-per-iter", str(tokens_per_iter), "--batch-size",
+                  str(max(1, tokens_per_iter // block_size)), "--max-iters", str(iterations), "--eval-interval",
                   str(max(1, round(iterations / evaluations))), *self.flags, "--overwrite"]
         row = dict(name=name, command=shlex.join(["python", "train.py", *flags, "--out-dir", str(folder)]))
-        row |= self.clock.timed(common.run_train, flags, folder)
-        for file in ("ckpt.pt", "best.pt"):
-            (folder / file).unlink(missing_ok=True)
+        row |= self.clock.timed(common.run_train, flags, folder, memory_gib=self.memory_gib)
+        (folder / "ckpt.pt").unlink(missing_ok=True)
         if "error" in row:
             return row
         meta = json.loads((Path(data_dir) / "meta.json").read_text(encoding="utf-8"))
@@ -114,6 +120,8 @@ class Study:
     def finish(self, draw):
         """Print the table and the commands, then draw(rows without an error, path of the picture)."""
         print(f"\n{self.table()}\n", *(row["command"] for row in self.rows), sep="\n", flush=True)
+        for path in self.folder.glob("*/best.pt"):
+            path.unlink()
         good = [row for row in self.rows if "error" not in row]
         if good:
             draw(good, self.folder.with_suffix(".png"))
@@ -272,6 +280,78 @@ def precision(data_dir, budget, **given):
     study.run_all([({}, (name, data_dir, study.iterations(budget), 6, "--dtype", name))
                    for name in ("float16", "bfloat16", "float32")])
     study.finish(study.plot)
+
+
+@main.command()
+@common.data_dir_option
+@click.option("--small-data-dir", type=common.FOLDER, required=True, help="a tenth of the same corpus, same tokenizer")
+@click.option("--tokens", "budget", default=60e6, show_default=True, help="tokens of most runs")
+@click.option("--jobs", default=4, show_default=True, help="runs at a time, after the two that measure the speed")
+@common.memory_option
+@shared_options
+def teacher(data_dir, small_data_dir, budget, jobs, **given):
+    """Learning from a teacher too: from which, with how much dropout, on how much text.
+
+    Each student starts when its teacher has ended. `speed` and `speed-taught` run alone, before all others. To make the
+    two corpora, for example
+
+    \b
+    python preprocess.py prepare-dataset --data-dir data/all
+    python preprocess.py prepare-dataset --sample-rate 0.1 --tokenizer data/all/tok4096.model --data-dir data/part10
+    """
+    study = Study("teacher", {"teacher": lambda row: row["teacher"] or "-", "tokens (epochs)": tokens, "peak MiB": peak,
+                              "final bits per byte": final, "best at": best}, **given)
+    llama, large = ["--preset", "llama"], ["--preset", "llama", "--n-layer", "12"]
+    small, epochs = (small_data_dir, budget / 10), (data_dir, budget / 5)
+    runs = {  # name: (folder and tokens, dropout, teacher, other flags); teachers before their students
+        "llama": ((data_dir, budget), 0.3, None, llama),
+        "llama-12-layers": ((data_dir, budget), 0.3, None, large),
+        "learned": ((data_dir, budget), 0.3, None, []),
+        "tenth": (small, 0.3, None, llama),
+        "4-epochs": (epochs, 0, None, llama),
+        "llama-twice-the-tokens": ((data_dir, 2 * budget), 0.3, None, llama),
+        **{f"llama-taught-{dropout}": ((data_dir, budget), dropout, "llama", llama) for dropout in (0, 0.1, 0.2)},
+        "llama-taught-0.1-weight-0.8": ((data_dir, budget), 0.1, "llama", [*llama, "--teacher-weight", "0.8"]),
+        "llama-taught-by-12-layers": ((data_dir, budget), 0.1, "llama-12-layers", llama),
+        **{f"learned-taught-{dropout}": ((data_dir, budget), dropout, "llama", []) for dropout in (0.1, 0.2)},
+        "learned-taught-by-learned": ((data_dir, budget), 0.1, "learned", []),
+        **{f"tenth-taught-{dropout}": (small, dropout, "tenth", llama) for dropout in (0.1, 0.2)},
+        "4-epochs-taught": (epochs, 0, "4-epochs", llama),
+    }
+
+    def run(name, iterations, evaluations, folder, dropout, teacher, flags, **options):
+        teaching = ["--teacher", str(study.folder / teacher / "best.pt"), "--seed", "1"] if teacher else []
+        return dict(teacher=teacher) | study.run(name, folder, iterations, evaluations, "--dropout", str(dropout),
+                                                 *flags, *teaching, **options)
+
+    for name, of in (("speed", None), ("speed-taught", "speed")):  # iterations of the default size keep the GPU busy
+        options = {} if study.tiny else dict(tokens_per_iter=TrainConfig.tokens_per_iter)
+        study.keep(run(name, 4 if study.tiny else SPEED_ITERS, 1, data_dir, 0.1, of, llama, **options))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        rows = {}
+
+        def after_teacher(name, corpus, dropout, teacher, flags):
+            if teacher:
+                rows[teacher].result()
+            return run(name, study.iterations(corpus[1]), 12, corpus[0], dropout, teacher, flags)
+        for name, settings in runs.items():
+            rows[name] = pool.submit(after_teacher, name, *settings)
+        for row in concurrent.futures.as_completed(rows.values()):
+            study.keep(row.result())
+    speeds = {row["name"]: row.get("tokens_per_second") for row in study.rows[:2]}
+    if all(speeds.values()):
+        print(f"An iteration with a teacher takes {speeds['speed'] / speeds['speed-taught']:.2f} times as long.")
+
+    def draw(rows, path):
+        panels = {}
+        for title in ("llama", "learned", "tenth", "4-epochs"):
+            chosen = [row for row in rows if row["name"].startswith(title)]
+            for i, row in enumerate(chosen):
+                _, tokens, _, bpb = zip(*(row["curve"][2:] or row["curve"]))  # the first fall would set the scale
+                label = row["name"].removeprefix(title).strip("-") or "alone"
+                panels.setdefault(title, {})[label] = (tokens, bpb, i)
+        draw_panels(path, panels, "tokens", "validation, bits per byte")
+    study.finish(draw)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import TINY, Program, prepared, read_checkpoint, report, run, same, snapshot, write_tales
+from harness import TINY, Program, prepared, read_checkpoint, report, same, snapshot, write_tales
 
 # -----------------------------------------------------------------------------
 # Ways to damage a file: (the scene, its bytes, rng) to its bytes then, None for no file
