@@ -180,6 +180,31 @@ class Corpus:
         return ids
 
 
+# -----------------------------------------------------------------------------
+# Word prompts: a line in front of a story that names three words of it
+
+WORDS = re.compile(r"[^\W\d_]+")
+
+
+def word_prompt(words):
+    return f"Words: {', '.join(words)}.\n\n"
+
+
+def inflections(word):
+    """`word`, and with the regular endings of English plurals, verbs and adjectives."""
+    if re.search("[^aeiou]y$", word):
+        return {word, word + "ing"} | {word[:-1] + ending for ending in ("ies", "ied", "ier", "iest")}
+    plural = word + ("es" if re.search("([sxz]|[cs]h)$", word) else "s")
+    stem = word + word[-1] if re.fullmatch("[^aeiou]*[aeiou][^aeiouwxy]", word) else word.removesuffix("e")
+    return {word, plural} | {stem + ending for ending in ("ed", "ing", "er", "est")}
+
+
+def words_used(words, text):
+    """Those of `words` that `text` contains, or a plain inflection of them."""
+    in_text = set(WORDS.findall(text.lower()))
+    return [word for word in words if inflections(word) & in_text]
+
+
 def read_json(path):
     """The object in a JSON file, None if there is none that can be read."""
     try:

@@ -404,7 +404,8 @@ class Run:
         if RANK > 0:
             return
         checkpoint = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
-                          teacher_sha256=self.teacher_sha256, state=asdict(self.state))
+                          teacher_sha256=self.teacher_sha256, state=asdict(self.state),
+                          word_prompts=bool(self.corpus.meta["arguments"].get("word_prompts")))
         if resumable:
             cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),

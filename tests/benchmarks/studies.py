@@ -143,7 +143,7 @@ class Study:
 
 
 def draw_panels(path, panels, x_label, y_label):
-    """Panels side by side, {title: {label: (xs, ys, number of the colour)}}, with the legend of the first."""
+    """Panels side by side, {title: {label: (xs, ys, number of the colour)}}, with one legend."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -156,7 +156,8 @@ def draw_panels(path, panels, x_label, y_label):
             axis.set_title(title, loc="left", fontsize=11)
             axis.set_xlabel(x_label)
         figure.axes[0].set_ylabel(y_label)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles, loc="outside upper left", ncols=3)
         figure.savefig(path, dpi=150)
     print(f"Wrote {path}")
 
@@ -343,14 +344,15 @@ def teacher(data_dir, small_data_dir, budget, jobs, **given):
         print(f"An iteration with a teacher takes {speeds['speed'] / speeds['speed-taught']:.2f} times as long.")
 
     def draw(rows, path):
-        panels = {}
+        panels, labels = {}, {}
         for title in ("llama", "learned", "tenth", "4-epochs"):
-            chosen = [row for row in rows if row["name"].startswith(title)]
-            for i, row in enumerate(chosen):
-                _, tokens, _, bpb = zip(*(row["curve"][2:] or row["curve"]))  # the first fall would set the scale
-                label = row["name"].removeprefix(title).strip("-") or "alone"
-                panels.setdefault(title, {})[label] = (tokens, bpb, i)
-        draw_panels(path, panels, "tokens", "validation, bits per byte")
+            for row in rows:
+                if row["name"].startswith(title):
+                    _, tokens, _, bpb = zip(*(row["curve"][2:] or row["curve"]))  # the first fall would set the scale
+                    label = row["name"].removeprefix(title).strip("-").replace("-", " ") or "alone"
+                    panels.setdefault(title, {})[label] = ([count / 1e6 for count in tokens], bpb,
+                                                           labels.setdefault(label, len(labels)))
+        draw_panels(path, panels, "million tokens", "validation, bits per byte")
     study.finish(draw)
 
 
