@@ -26,7 +26,7 @@ import torch
 
 from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields,
                     refuse_without_effect, setting_options, wrapped)
-from data import CONTROL_CHARACTERS, Tokenizer
+from data import CONTROL_CHARACTERS, WORDS, Tokenizer, word_prompt, words_used
 from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
 
 WELCOME = """\
@@ -38,6 +38,7 @@ TEXT             continue it
 Enter            a new story, or more with --keep-context
 \"\"\"              begin and end a text of several lines
 //TEXT           a text that begins with a slash
+/words fox rain  a new story with these words (up to five)
 /set NAME VALUE  change a setting (/set temperature 0.8)
 /set NAME        show a setting
 /show            the checkpoint and all settings
@@ -72,6 +73,7 @@ class LoadedModel:
         dtype = choose_dtype(dtype, self.device, generating=True)
         self.model, checkpoint = load_checkpoint(path)
         self.block_size = self.model.config.block_size
+        self.word_prompts = checkpoint.get("word_prompts")
         self.tokenizer = Tokenizer(checkpoint["tokenizer"], path)
         prepare_for_inference(self.model, self.device, dtype)
         state = checkpoint.get("state") or checkpoint.get("progress", {})  # older checkpoints call it progress
@@ -139,6 +141,14 @@ def append_text(story, text):
     return f"{story} {text}"
 
 
+def parse_words(text):
+    """The words of --words and /words, each once and in lower case, as in training."""
+    words = list(dict.fromkeys(re.findall(r"[^\s,.]+", text.lower())))
+    if not 1 <= len(words) <= 5 or not all(map(WORDS.fullmatch, words)):  # words_used never finds "don't"
+        raise UserError(f"{text!r} is not one to five words made of letters: type, for example, fox umbrella rain.")
+    return words
+
+
 @dataclass
 class Session:
     loaded: LoadedModel
@@ -147,15 +157,19 @@ class Session:
     keep_context: bool
     story: str = ""  # what keep-context carries
     context_tokens: int = 0  # of the last prompt and its continuation
-    last: tuple | None = None  # for /retry: the story before the last turn, its text and its seed
+    last: tuple | None = None  # for /retry: the story before the last turn, its text, its seed and its words
 
-    def write(self, text, count=1, as_json=False, seed=None):
+    def write(self, text, count=1, as_json=False, seed=None, words=()):
         """Print `count` continuations of `text`, or of the story and `text`; a single one while it is generated."""
         if seed is None:
             seed = secrets.randbelow(2**31) if self.sampling.seed is None else self.sampling.seed
         prompt = append_text(self.story, text) if self.keep_context else text
+        header = word_prompt(words) if words else ""
+        if words and not self.loaded.word_prompts:
+            print_note("This model was trained without word prompts and may ignore the words. To train one with them:\n"
+                       "python preprocess.py prepare-dataset --word-prompts 0.8 --data-dir data/words")
         tokenizer, start = self.loaded.tokenizer, time.perf_counter()
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        ids = [tokenizer.bos_id, *tokenizer.encode(header + prompt)]
         replies = [Reply(tokenizer, self.sampling, self.stops) for _ in range(count)]
         single = count == 1 and not as_json
         try:
@@ -170,18 +184,24 @@ class Session:
         except KeyboardInterrupt:
             for reply in replies:
                 reply.stop = reply.stop or "interrupted"
-        self.story, self.last = prompt + replies[0].text, (self.story, text, seed)
+        self.story, self.last = header + prompt + replies[0].text, (self.story, text, seed, words)
+        used = [words_used(words, prompt + reply.text) for reply in replies]
         if single:
             print_text(replies[0].next_piece())
             if not replies[0].text.endswith("\n"):
                 click.echo()
         elif as_json:
             for i, reply in enumerate(replies):
-                click.echo(json.dumps(dict(prompt=prompt, text=reply.text, stop=reply.stop, tokens=reply.tokens,
-                                           seed=seed, sample=i)))
+                row = dict(prompt=prompt, text=reply.text, stop=reply.stop, tokens=reply.tokens, seed=seed, sample=i)
+                click.echo(json.dumps(row | (dict(words=words, words_used=used[i]) if words else {})))
         else:
             print_text("---\n".join(reply.text.removesuffix("\n") + "\n" for reply in replies))
         self.print_statistics(replies, len(ids), seed, time.perf_counter() - start)
+        if words:
+            uses = Counter(word for story in used for word in story)
+            found = ", ".join(f"{uses[word]} x {word}" if count > 1 else word for word in words if uses[word])
+            missing = ", ".join(word for word in words if not uses[word])
+            print_note(f"[words used: {found or 'none'}; not used: {missing or 'none'}]")
         return replies
 
     def print_statistics(self, replies, prompt_tokens, seed, seconds):
@@ -261,10 +281,13 @@ def run_command(session, command, argument=""):
             session.set_option(name, value)
         print_note(f"{name} = {session.options()[name]}")
     elif command == "/retry" and session.last:
-        session.story, text, seed = session.last
-        session.write(text, seed=(seed + 1) % 2**63)
+        session.story, text, seed, words = session.last
+        session.write(text, seed=(seed + 1) % 2**63, words=words)
     elif command == "/retry":
         print_note("There is nothing to regenerate yet: type a text.")
+    elif command == "/words":
+        words, session.story, session.context_tokens = parse_words(argument), "", 0
+        session.write("", words=words)
     elif command == "/reset":
         session.story, session.context_tokens, session.last = "", 0, None
         print_note("A new story begins.")
@@ -321,8 +344,11 @@ def read_piped():
 @click.option("--prompt", metavar="TEXT",
               help='continue TEXT and exit, without reading any input; "" writes a story from nothing, '
               r"and \n is a newline")
+@click.option("--words", metavar="WORDS",
+              help='write a story with one to five words ("fox, umbrella, rain") and exit, without reading any input; '
+              "it begins with the TEXT of --prompt. For models trained with word prompts")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, metavar="N",
-              help="continuations of --prompt or piped input, generated as one batch  [default: 1]")
+              help="continuations of --prompt, --words or piped input, generated as one batch  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT",
               help=r"end a continuation before TEXT (\n: a newline); may be given several times")
@@ -337,14 +363,16 @@ def read_piped():
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               help="precision of the weights; auto: float16 on CUDA and CPU, else float32  [default: auto]")
 @setting_options(SampleConfig)
-def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **sampling):
+def main(prompt, words, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **sampling):
     """Continue text with a trained model.
 
-    On a terminal it reads one text at a time (/help lists the commands). With --prompt or piped input it prints only
-    the continuation to standard output.
+    On a terminal it reads one text at a time (/help lists the commands). With --prompt, --words or piped input it
+    prints only the continuation to standard output.
     """
     if "" in stops:
         raise click.UsageError("--stop is empty: pass the text to stop at.")
+    if words is not None:
+        words, prompt = parse_words(words), prompt or ""
     if prompt is not None:
         prompt = prompt.replace(r"\n", "\n")  # as in --stop: cmd cannot type a newline
     elif not sys.stdin.isatty():
@@ -365,7 +393,7 @@ def main(prompt, num_samples, as_json, stops, keep_context, checkpoint, out_dir,
     if prompt is None:
         return chat_loop(session)
     print_note(loaded.description)
-    replies = session.write(clean_prompt(prompt), num_samples, as_json)
+    replies = session.write(clean_prompt(prompt), num_samples, as_json, words=words or ())
     if any(reply.stop == "interrupted" for reply in replies):
         raise KeyboardInterrupt  # for the exit status
 

@@ -264,6 +264,36 @@ class SampleConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ReinforceConfig(Settings):
+    """How reinforce.py learns, what it may use, and when it evaluates."""
+
+    data_dir: str = setting("data", "folder of a corpus prepared with --word-prompts", STRING, group="Folders",
+                            metavar="FOLDER")
+    out_dir: str = setting("out/rl", "folder for checkpoints and metrics", STRING, metavar="FOLDER")
+
+    max_iters: int = setting(150, "iterations; each one writes new stories and makes one update", IntRange(1),
+                             group="Learning")
+    prompts_per_iter: int = setting(48, "prompts per iteration, of equally many tokens", IntRange(1))
+    group_size: int = setting(12, "stories per prompt, whose mean reward is the baseline", IntRange(2))
+    learning_rate: float = setting(1e-4, "peak learning rate of AdamW; it warms up and falls to 0",
+                                   FloatRange(0, 10, min_open=True))
+    warmup_iters: int = setting(10, "iterations of linear warmup", IntRange(0))
+    kl_weight: float = setting(0.02, "weight of the divergence from the model that it starts from", FloatRange(0))
+    grad_clip: float = setting(1.0, "maximum gradient norm; 0: no clipping", FloatRange(0))
+    seed: int = setting(1337, "seed of prompts and stories", IntRange(0, 2**63 - 1))
+
+    batch_size: int = setting(64, "stories per forward pass of the update (the memory dial)", IntRange(1),
+                              group="Memory and speed")
+    device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu", STRING, metavar="NAME")
+    dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
+                         Choice(["auto", "float32", "float16", "bfloat16"]))
+
+    eval_interval: int = setting(25, "iterations between evaluations", IntRange(1), group="Evaluation")
+    eval_prompts: int = setting(256, "prompts with held-out words per evaluation", IntRange(1))
+    eval_tokens: int = setting(65536, "validation tokens per evaluation; 0: the whole validation set", IntRange(0))
+
+
+@dataclass(frozen=True)
 class CorpusConfig(Settings):
     """Which text is prepared, and how."""
 
@@ -276,7 +306,11 @@ class CorpusConfig(Settings):
                                     "required before train.py --init-from", STRING, metavar="FILE")
     num_files: int = setting(50, "the corpus is cut into 50 equal files; use the first N", IntRange(1, 50))
     sample_rate: float = setting(1.0, "fraction of the stories of those files to keep", FloatRange(0, 1, min_open=True))
-    seed: int = setting(1337, "seed of the choice by --sample-rate", IntRange(0, 2**63 - 1))
+    word_prompts: float = setting(0.0, "fraction of the training stories to begin with a word prompt, such as 'Words: "
+                                  "fox, rain, umbrella.', of words in the story", FloatRange(0, 1))
+    copies: int = setting(1, "with --word-prompts: copies of the training text, each with other words in its prompts",
+                          IntRange(1, 1000))
+    seed: int = setting(1337, "seed of the choice by --sample-rate and of the word prompts", IntRange(0, 2**63 - 1))
     data_dir: str = setting("data", "folder for the prepared corpus", STRING, metavar="FOLDER")
 
 

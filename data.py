@@ -130,6 +130,11 @@ class TokenStream:
         return np.concatenate([np.flatnonzero(shard == self.bos_id) + offset
                                for shard, offset in zip(self.shards, self.offsets, strict=True)])
 
+    def story(self, i):
+        """Ids of story number i, with its bos and eos."""
+        start, end = self.story_starts[i], self.story_starts[i + 1] if i + 1 < len(self.story_starts) else len(self)
+        return self.read(int(start), int(end - start))
+
     def story_windows(self, end, block_size):
         """(starts, numbers of targets) of windows over the stories before position `end`, each from its first token."""
         starts = self.story_starts[self.story_starts < end]

@@ -9,6 +9,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries are imported: no traceback
 
+import collections
 import csv
 import functools
 import gc
@@ -32,9 +33,9 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from config import (CONTEXT_SETTINGS, Command, CorpusConfig, UserError, atomic_write, flag, folder_lock, only_fields,
-                    replace_file, setting_options, short_message, wrapped)
-from data import Corpus, Tokenizer, chunks, read_json
+from config import (CONTEXT_SETTINGS, PRESETS, Command, CorpusConfig, UserError, atomic_write, flag, folder_lock,
+                    only_fields, refuse_without_effect, replace_file, setting_options, short_message, wrapped)
+from data import WORDS, Corpus, Tokenizer, chunks, read_json, word_prompt
 
 PARTS = 50                          # the corpus is cut into this many equal parts ("files"), one shard each
 SEPARATOR = "<|endoftext|>"         # between the stories of a text file, as in TinyStoriesV2-GPT4-train.txt
@@ -372,6 +373,9 @@ class Stories:
         mask = chosen[np.cumsum(self.starts) - 1]
         return replace(self, index=self.index[mask], starts=self.starts[mask])
 
+    def repeated(self, copies):
+        return replace(self, index=np.tile(self.index, copies), starts=np.tile(self.starts, copies))
+
     def size(self):
         """[stories, bytes]"""
         return np.array([len(self), self.row_bytes[self.index].sum()])
@@ -486,11 +490,11 @@ def cut_story(stories, number, limit):
     return rest, Stories(rows, row_bytes, new[len(head):], tail_starts)
 
 
-def is_sampled(index, rate, seed):
-    """Whether item number `index` is in a fixed random choice of a fraction `rate`."""
+def is_sampled(item, rate, seed):
+    """Whether `item` (a number or a word) is in a fixed random choice of a fraction `rate`."""
     if rate >= 1:
         return True
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < rate * 2**64
 
 
@@ -509,13 +513,17 @@ def select_parts(train, config):
 # -----------------------------------------------------------------------------
 # 2. Vocabulary
 
+def sampled_text(parts, seed):
+    """Yield a fixed random choice of the training stories, about VOCABULARY_BYTES of them, the long ones in chunks."""
+    rate = VOCABULARY_BYTES / sum(int(stories.size()[1]) for stories in parts)
+    texts = (chunk for stories in parts for batch, _ in stories.batches() for text in batch for chunk in chunks(text))
+    return (text for i, text in enumerate(texts) if is_sampled(i, rate, f"vocabulary {seed}"))
+
+
 def train_vocabulary(parts, vocab_size, seed):
     """A Tokenizer trained on a fixed random choice of the training text. UserError if the size does not fit it."""
-    total = sum(int(stories.story_bytes().sum()) for stories in parts)
-    texts = (chunk for stories in parts for batch, _ in stories.batches() for text in batch for chunk in chunks(text))
-    rate = min(1.0, VOCABULARY_BYTES / total)
     # SentencePiece skips every sentence that contains U+2585, which it uses itself.
-    texts = [text.replace("\u2585", " ") for i, text in enumerate(texts) if is_sampled(i, rate, f"vocabulary {seed}")]
+    texts = [text.replace("\u2585", " ") for text in sampled_text(parts, seed)]
     # The rarest characters are spelled in bytes. Text with thousands of different ones (Chinese) needs more of that.
     for coverage in (0.9999, 0.98):
         model = io.BytesIO()
@@ -561,13 +569,50 @@ def given_tokenizer(config):
 
 
 # -----------------------------------------------------------------------------
-# 3. Token ids
+# 3. Word prompts
 
-def write_shard(path, stories, tokenizer, threads, bar):
-    """Write the ids of `stories` as uint16, each story between bos and eos."""
+def content_words(parts, seed, most):
+    """{"words": those that prompts name, but for "held_out_words": a fixed fifth of them, which only judging uses}.
+
+    A content word has three letters or more. It is in 0.08% to 6% of the stories (`most`) in lower case, and in at most
+    a fifth as many with a capital, unlike names.
+    """
+    counts = collections.Counter()
+    for total, text in enumerate(sampled_text(parts, seed), 1):
+        counts.update(set(re.findall(r"[^\W\d_]{3,}+(?!['\u2019])", text)))  # not wouldn of wouldn't
+    words = sorted(word for word, count in counts.items() if word.islower()
+                   and 0.0008 * total <= count <= most * total and counts[word.capitalize()] <= count / 5)
+    if len(words) < 3:
+        raise UserError(f"the stories differ in too few words ({', '.join(words) or 'none'}) for word prompts: omit "
+                        "--word-prompts, or pass --dataset with more stories.")
+    held_out = [word for word in words if is_sampled(word, 0.2, f"words {seed}")]
+    return dict(words=[word for word in words if word not in held_out], held_out_words=held_out)
+
+
+def add_word_prompts(batches, words, rate, seed, fits):
+    """Yield `batches` of (texts, starts) in which a fraction `rate` of the stories begin with a word prompt.
+
+    It names three of `words` that the story contains; one that has fewer, or that would no longer fit, gets none.
+    """
+    number = itertools.count()
+    for texts, starts in batches:
+        for i in np.flatnonzero(starts):
+            rng = random.Random(f"{seed} {next(number)}")
+            found = [*dict.fromkeys(word for word in WORDS.findall(texts[i]) if word in words)]
+            if rng.random() < rate and len(found) >= 3:
+                text = word_prompt(rng.sample(found, 3)) + texts[i]
+                texts[i] = text if fits(text) else texts[i]
+        yield texts, starts
+
+
+# -----------------------------------------------------------------------------
+# 4. Token ids
+
+def write_shard(path, batches, tokenizer, threads, bar):
+    """Write the ids of the stories in `batches` as uint16, each story between bos and eos."""
     with atomic_write(path) as file:
         separator = [tokenizer.bos_id]
-        for texts, starts in stories.batches():
+        for texts, starts in batches:
             ids = []
             for text_ids, is_start in zip(tokenizer.encode_batch(texts, threads), starts, strict=True):
                 if is_start:
@@ -610,6 +655,7 @@ def arguments_of(config, tokenizer):
 
 def changes(existing, arguments):
     """The differences between two arguments_of, in words; '' if there is none."""
+    existing = asdict(CorpusConfig()) | existing  # those of an earlier version have fewer settings
     differ = [name for name in arguments if existing.get(name) != arguments[name]]
     words = [f"{flag(name)} {existing.get(name)} (now {arguments[name]})" for name in differ if "sha256" not in name]
     if not words and differ:
@@ -691,7 +737,10 @@ def prepare(config, threads, overwrite):
                         else hub_rows(config, folder, commit))
     train, val, read, left_out = train_val_split(splits, config.dataset)
     parts = select_parts(train, config)
-    left_out["skipped: not selected"] = train.size() - sum(stories.size() for stories in parts.values())
+    selected = sum(stories.size() for stories in parts.values())
+    left_out["skipped: not selected"] = train.size() - selected
+    most = 0.15 if is_sample else 0.06  # the grammar has few words, so each is in many stories
+    words = content_words(parts.values(), config.seed, most) if config.word_prompts else {}
 
     model_path = folder / f"tok{arguments['vocab_size']}.model"
     if not model_path.exists():
@@ -700,18 +749,30 @@ def prepare(config, threads, overwrite):
             file.write(tokenizer.model_bytes)
     tokenizer = Tokenizer(model_path.read_bytes(), model_path)
 
-    with tqdm(total=len(val) + sum(map(len, parts.values())), desc="encoding", unit=" stories", **bar_options()) as bar:
+    def fits(text):
+        return not is_sample or len(tokenizer.encode(text)) < PRESETS["demo"]["block_size"]
+
+    all_words, total = frozenset().union(*words.values()), len(val) + config.copies * int(selected[0])
+    with tqdm(total=total, desc="encoding", unit=" stories", **bar_options()) as bar:
         for name, stories in {"val_000.bin": val, **parts}.items():
+            if name in parts:
+                stories = stories.repeated(config.copies)
             if (folder / name).exists():
                 bar.update(len(stories))
-            else:
-                write_shard(folder / name, stories, tokenizer, threads, bar)
+                continue
+            batches = stories.batches()
+            if words and name in parts:
+                batches = add_word_prompts(batches, all_words, config.word_prompts, f"{config.seed} {name}", fits)
+            write_shard(folder / name, batches, tokenizer, threads, bar)
 
+    shards = [describe_shard(folder / name, tokenizer) for name in parts]
+    left_out["added: further copies"] = (1 - config.copies) * selected
+    left_out["added: word prompts"] = config.copies * selected - [sum(shard[key] for shard in shards)
+                                                                  for key in ("stories", "bytes")]
     meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, read=read.tolist(), **metadata,
                 left_out={row: size.tolist() for row, size in left_out.items() if size.any()},
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
-                val=[describe_shard(folder / "val_000.bin", tokenizer)],
-                train=[describe_shard(folder / name, tokenizer) for name in parts])
+                val=[describe_shard(folder / "val_000.bin", tokenizer)], train=shards, **words)
     splits = train = val = parts = stories = None
     gc.collect()  # Windows cannot move or delete a file that is still memory-mapped
     publish(folder, data_dir, meta)
@@ -735,7 +796,8 @@ def report(data_dir, meta):
     click.echo(f"bytes per token: {ratios[0]:.2f} in training, {ratios[1]:.2f} in validation")
     click.echo(f"vocabulary: {meta['vocab_size']:,} tokens, {data_dir / meta['tokenizer']['file']}")
     size, val_size = sides["training"][1], sides["validation"][1]
-    text = size + val_size + sum(numbers[1] for title, numbers in left_out.items() if "not selected" in title)
+    text = size + val_size + sum(numbers[1] for title, numbers in left_out.items()
+                                 if re.search("added|not selected", title))
     if files and val_size > text / 10:
         click.echo(wrapped(f"Warning: validation is {val_size / text:.0%} of the text, and a tenth is enough: move "
                            "text from it to training or add text, then rerun with --overwrite.", sys.stdout))
@@ -767,7 +829,9 @@ def prepare_dataset(workers, overwrite, **values):
 
     If interrupted, rerun the same command to resume.
     """
-    config = CorpusConfig(**only_fields(CorpusConfig, values))
+    config = CorpusConfig(**(given := only_fields(CorpusConfig, values)))
+    refuse_without_effect(given, {"copies": (not config.word_prompts, "without --word-prompts: add --word-prompts 0.8, "
+                                             "or omit it.")})
     try:
         with folder_lock(config.data_dir):
             prepare(config, workers, overwrite)

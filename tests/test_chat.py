@@ -21,7 +21,7 @@ from conftest import ROOT
 
 import chat
 from config import GPTConfig, SampleConfig
-from data import Tokenizer
+from data import Tokenizer, word_prompt
 from model import GPT, load_checkpoint, save_checkpoint
 
 TEXT = ("Once upon a time there was a little dog named Tim. He liked to play in the park with his friend Lily.\n\n"
@@ -385,7 +385,9 @@ def test_an_unknown_command_gets_a_hint_and_does_not_reach_the_model(monkeypatch
 def test_help_names_every_command(monkeypatch, babbler, capsys):
     converse(monkeypatch, babbler, ["/help"])
     err = capsys.readouterr().err
-    assert all(name in err for name in ('"""', "//TEXT", "/set", "/show", "/retry", "/reset", "/quit", "Ctrl-C"))
+    names = '"""', "//TEXT", "/words", "/set", "/show", "/retry", "/reset", "/quit", "Ctrl-C"
+    assert all(name in err for name in names)
+    assert max(map(len, chat.HELP.splitlines())) < 60
 
 
 def test_two_slashes_are_a_text_that_begins_with_one(monkeypatch, reciter, capsys):
@@ -519,6 +521,80 @@ def test_what_falls_out_of_the_window_is_said_once_per_story(monkeypatch, babble
     assert capsys.readouterr().err.count("outgrown") == 1
     converse(monkeypatch, babbler, ["Once", "", "/reset", "Once", ""], keep_context=True, max_new_tokens=60)
     assert capsys.readouterr().err.count("outgrown") == 2
+
+
+# Words that the story is to use.
+
+FOX = ["fox", "umbrella", "rain"]
+HEADER = "Words: fox, umbrella, rain.\n\n"
+FOX_STORY = "Two foxes sat. It rained."
+
+
+@pytest.mark.parametrize("typed", ["fox, umbrella, rain", " Fox,umbrella , RAIN.", "fox fox umbrella rain"])
+def test_the_model_reads_the_words_in_a_header_that_is_not_printed(monkeypatch, reciter, typed):
+    assert word_prompt(FOX) == HEADER
+    folder, seen, encode = reciter(HEADER, FOX_STORY, word_prompts=True), [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: seen.append(text) or encode(self, text))
+    result = run(folder, "--words", typed, input="this is not read")
+    assert (result.exit_code, result.stdout, seen) == (0, FOX_STORY + "\n", [HEADER])
+
+
+@pytest.mark.parametrize("text, note", [
+    (FOX_STORY, "used: fox, rain; not used: umbrella"), ("A foxglove.", "used: none; not used: fox, umbrella, rain"),
+    ("Umbrellas! Raining, the FOX said.", "used: fox, umbrella, rain; not used: none")])
+def test_the_note_says_which_words_the_story_used_in_any_plain_inflection(reciter, text, note):
+    result = run(reciter(HEADER, text, word_prompts=True), "--words", "fox umbrella rain")
+    assert result.stderr.endswith(f"]\n[words {note}]\n")
+
+
+def test_several_stories_are_counted_and_json_says_which_words_each_used(babbler, monkeypatch):
+    monkeypatch.setattr(chat, "words_used", lambda words, text: words[:1] if text < "a" else words[:2])
+    options = ["--words", "fox umbrella rain", "--num-samples", 6, "--max-new-tokens", 9, "--seed", 1]
+    result = run(babbler, *options, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(row["words"] == FOX and row["words_used"] == FOX[:1 + (row["text"] >= "a")] for row in rows)
+    both = sum(row["text"] >= "a" for row in rows)
+    note = f"[words used: 6 x fox, {both} x umbrella; not used: rain]\n"
+    assert 0 < both < 6 and result.stderr.endswith(note)
+    plain = run(babbler, *options)
+    assert plain.stderr.endswith(note) and "Words:" not in plain.stdout
+    assert [text.rstrip("\n") for text in plain.stdout.split("---\n")] == [row["text"] for row in rows]
+
+
+def test_a_story_with_words_begins_with_the_prompt(reciter):
+    result = run(reciter(HEADER + "The fox", " ran. The end.", word_prompts=True), "--words", "fox umbrella rain",
+                 "--prompt", "The fox", "--stop", " The", "--json")
+    row = json.loads(result.stdout)
+    assert (row["prompt"], row["text"], row["words_used"]) == ("The fox", " ran.", ["fox"])
+
+
+def test_a_model_trained_without_word_prompts_is_said_to_be_and_how_to_train_one(reciter):
+    for trained, noted in [(dict(word_prompts=True), 0), (dict(word_prompts=False), 1), ({}, 1)]:
+        result = run(reciter(HEADER, FOX_STORY, **trained), "--words", "fox umbrella rain")
+        assert result.stdout == FOX_STORY + "\n"
+        assert len(re.findall(r"\npython preprocess.py prepare-dataset --word-prompts .*\n", result.stderr)) == noted
+    assert "--word-prompts" not in run(reciter("a", "b"), "--prompt", "a").stderr
+
+
+@pytest.mark.parametrize("typed", ["", " , ", "7", "fox, 7", "x2", "don't", "a b c d e f"])
+def test_what_is_not_one_to_five_words_is_refused_with_what_to_type(monkeypatch, babbler, capsys, typed):
+    result = run(babbler, "--words", typed)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.endswith("type, for example, fox umbrella rain.\n") and repr(typed) in result.stderr
+    converse(monkeypatch, babbler, [f"/words {typed}"])
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-2].endswith("type, for example, fox umbrella rain.")
+
+
+def test_words_in_the_conversation_begin_a_new_story_whose_header_the_model_keeps(monkeypatch, babbler, capsys):
+    lines = ["Once", "/words fox umbrella rain", "/retry", "Tim", "/reset", "Lily"]
+    seen = prompts_seen(monkeypatch, babbler, lines, keep_context=True)
+    out, err = capsys.readouterr()
+    replies = out.split("\n")
+    assert seen == ["Once", HEADER, HEADER, f"{HEADER}{replies[2]} Tim", "Lily"]
+    assert replies[1] != replies[2] and "Words:" not in out
+    assert err.count("[words used: ") == 2
+    assert prompts_seen(monkeypatch, babbler, lines) == ["Once", HEADER, HEADER, "Tim", "Lily"]
 
 
 # Ctrl-C.

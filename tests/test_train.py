@@ -1321,7 +1321,8 @@ class FakeGPU:
             return value
         return of_device
 
-    def forward_backward(self, forward, batch_size, run):
+    def forward_backward(self, loss, batch_size, run):
+        assert loss is run.training_loss, "that of the model alone leaves out a teacher"
         self.tried.append(batch_size)
         if self.fixed + self.per_sequence * batch_size > 8000:
             out_of_memory()
@@ -1330,7 +1331,7 @@ class FakeGPU:
     def find(self):
         model = SimpleNamespace(config=SimpleNamespace(block_size=32))
         return train.find_batch_size(SimpleNamespace(config=TrainConfig(tokens_per_iter=32 * 96), device=self.device,
-                                                     model=model, training_loss=None))
+                                                     model=model, training_loss=object()))
 
 
 @pytest.mark.parametrize("figures, size", [
