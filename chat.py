@@ -261,7 +261,7 @@ def read_rest(text):
 def clean_prompt(text):
     """`text` as the training text is: LF between lines, no byte order mark, no newline or spaces at the end."""
     text = text.encode("utf-8", "replace").decode()  # an argument that is not valid in the locale has lone surrogates
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").rstrip(" ")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").rstrip(" ")
 
 
 def run_command(session, command, argument=""):
@@ -346,7 +346,7 @@ def read_piped():
               r"and \n is a newline")
 @click.option("--words", metavar="WORDS",
               help='write a story with one to five words ("fox, umbrella, rain") and exit, without reading any input; '
-              "it begins with the TEXT of --prompt. For models trained with word prompts")
+              "with --prompt it begins with TEXT; for a model trained with word prompts")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, metavar="N",
               help="continuations of --prompt, --words or piped input, generated as one batch  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")

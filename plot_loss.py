@@ -152,7 +152,8 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
     for run in runs:
         for line in run.lines:
             line["x"] = line[x_name] / unit
-    names = ["lr", *(panel.replace("-", "_") for panel in panels)]
+    rewarded = any("reward" in line for run in runs for line in run.lines)  # by reinforce.py
+    names = ["reward"] * rewarded + ["lr", *(panel.replace("-", "_") for panel in panels)]
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7, 3.8 + len(names) + 0.2 * len(runs)), layout="constrained")
         top, *below = figure.subplots(1 + len(names), sharex=True, height_ratios=[4] + [1] * len(names))
@@ -167,7 +168,7 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
         draw_loss(top, runs, smooth, bits)
         for axis, name in zip(below, names, strict=True):
             for i, run in enumerate(runs):
-                draw_curve(axis, i, run.train, name)
+                draw_curve(axis, i, [line for line in run.lines if name in line], name)
             axis.set_title("learning rate" if name == "lr" else name.replace("_", " "), loc="left", fontsize=10)
             if name == "loss_scale":  # the GradScaler halves and doubles it
                 axis.set_yscale("log", base=2)

@@ -585,7 +585,7 @@ def content_words(parts, seed, most):
     if len(words) < 3:
         raise UserError(f"the stories differ in too few words ({', '.join(words) or 'none'}) for word prompts: omit "
                         "--word-prompts, or pass --dataset with more stories.")
-    held_out = [word for word in words if is_sampled(word, 0.2, f"words {seed}")]
+    held_out = [word for word in words if is_sampled(word, 0.2, f"held-out words {seed}")]
     return dict(words=[word for word in words if word not in held_out], held_out_words=held_out)
 
 
@@ -766,9 +766,10 @@ def prepare(config, threads, overwrite):
             write_shard(folder / name, batches, tokenizer, threads, bar)
 
     shards = [describe_shard(folder / name, tokenizer) for name in parts]
-    left_out["added: further copies"] = (1 - config.copies) * selected
-    left_out["added: word prompts"] = config.copies * selected - [sum(shard[key] for shard in shards)
-                                                                  for key in ("stories", "bytes")]
+    if words:
+        written = np.array([[shard["stories"], shard["bytes"]] for shard in shards]).sum(0)
+        left_out["added: further copies"] = (1 - config.copies) * selected
+        left_out["added: word prompts"] = config.copies * selected - written
     meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, read=read.tolist(), **metadata,
                 left_out={row: size.tolist() for row, size in left_out.items() if size.any()},
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),

@@ -2,9 +2,9 @@
 
     python reinforce.py --init-from out/words/best.pt --data-dir data/words --out-dir out/rl
 
-The model writes a group of stories for each prompt, "Words: fox, umbrella, rain." A story whose reward is above the mean
-of its group becomes more likely, the others less (REINFORCE with a leave-one-out baseline, Ahmadian et al. 2024). Each
-batch of stories is written by the present model and used once, so no ratio is clipped.
+For each prompt, "Words: fox, umbrella, rain.", the model writes a group of stories. One whose reward is above the mean of
+its group becomes more likely, the others less (REINFORCE with a leave-one-out baseline, Ahmadian et al. 2024). All are
+written by the present model and used once, so no ratio needs clipping.
 """
 
 import signal
@@ -140,8 +140,8 @@ def stuffing_penalty(words, text):
 
 
 def shortness_penalty(length, usual):
-    """For each token that is missing to a third of the usual length."""
-    return 0.01 * max(0.0, usual / 3 - length)
+    """For less than a third of the usual length: a bare list of the words must not pay."""
+    return 2 * max(0.0, 1 - length / (usual / 3))
 
 
 def ending_penalty(ended):
@@ -207,7 +207,8 @@ def update(model, start_model, optimizer, scaler, stories, advantage, scale, con
         with autocast(device, dtype):
             with torch.no_grad():
                 start_log_p = log_probs(start_model, ids)
-            loss, kl = policy_loss(log_probs(model, ids), start_log_p, advantage[rows], written, config.kl_weight, scale)
+            log_p = log_probs(model, ids)
+            loss, kl = policy_loss(log_p, start_log_p, advantage[rows], written, config.kl_weight, scale)
         scaler.scale(loss).backward()
         kl_sum += kl
     scaler.unscale_(optimizer)
@@ -243,7 +244,7 @@ def evaluate(model, prompts, tokenizer, sampling, seed):
 # The loop
 
 def reinforce(model, checkpoint, corpus, config, stop):
-    """Run the iterations; returns what the log says of the model kept as best.pt, or None if only the start passed."""
+    """Write the best model that passes the gates as best.pt; returns (evaluation at the start, evaluation of that)."""
     device, tokenizer, out_dir = choose_device(config.device), corpus.tokenizer, Path(config.out_dir)
     dtype = choose_dtype(config.dtype, device)
     torch.set_float32_matmul_precision("high")
@@ -263,10 +264,10 @@ def reinforce(model, checkpoint, corpus, config, stop):
     print0(f"{len(known):,} words to ask for, {len(held_out):,} held out for evaluation. A usual story has "
            f"{usual.length:.0f} tokens; {usual.repeated_4grams:.1%} of its 4-grams are repetitions.")
 
-    start, best, seconds, tokens, started = None, None, 0.0, 0, time.perf_counter()
+    start, best, seconds, tokens = None, None, 0.0, 0
     for it in range(config.max_iters + 1):
+        # Evaluate, and keep the best that passes the gates
         if it % config.eval_interval == 0 or it == config.max_iters or stop.signal:
-            seconds += time.perf_counter() - started
             result = evaluate(writer, eval_prompts, tokenizer, sampling, config.seed)
             result |= estimate_loss(model, validation, config.batch_size, device, dtype)
             model.eval()
@@ -274,17 +275,17 @@ def reinforce(model, checkpoint, corpus, config, stop):
             passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE and result["ended"] >= start["ended"]
                       and result["repeated_4grams"] <= start["repeated_4grams"])
             log(out_dir, iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
-            print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, ended "
-                   f"{result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "
+            print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
+                   f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "
                    f"{result['val_loss']:.4f}{'' if passed else ' (not kept: worse than the start)'}")
             if passed and (best is None or result["words_used"] > best["words_used"]):
                 best = dict(result, iter=it)
                 save_checkpoint(out_dir / "best.pt", model, tokenizer.model_bytes, **checkpoint)
-            started = time.perf_counter()
         if it == config.max_iters or stop.signal:
             return start, best
 
         # Write stories, judge them, and make those above the mean of their group more likely
+        started = time.perf_counter()
         group = [prompt for prompt in next(prompts) for _ in range(config.group_size)]
         stories = write_stories(writer, group, tokenizer, sampling, generator)
         reward = rewards(stories, usual)
@@ -297,11 +298,11 @@ def reinforce(model, checkpoint, corpus, config, stop):
         stop.can_save = True
 
         # A line of the log
-        now = time.perf_counter()
-        seconds, started, tokens = seconds + now - started, now, tokens + int(stories.written.sum())
+        seconds, tokens = seconds + time.perf_counter() - started, tokens + int(stories.written.sum())
         facts = describe_stories(stories)
         log(out_dir, iter=it + 1, tokens=tokens, seconds=round(seconds, 3), reward=float(reward.mean()), kl=kl,
-            lr=optimizer.param_groups[0]["lr"], grad_norm=norm, **{f"train_{name}": value for name, value in facts.items()})
+            lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+            **{f"train_{name}": value for name, value in facts.items()})
         left = format_seconds(seconds / (it + 1) * (config.max_iters - it - 1))
         print0(f"iter {it + 1}/{config.max_iters}: reward {reward.mean():.3f}, words used {facts['words_used']:.1%}, KL "
                f"{kl:.4f} per token, {facts['story_tokens']:.0f} tokens, gradient {norm:.2f}, {left} left")
@@ -359,7 +360,7 @@ def main(init_from, overwrite, **given):
             raise UserError(f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, or with fewer "
                             "--prompts-per-iter.") from None
     print0(f"Best: held-out words used {best['words_used']:.1%} at iteration {best['iter']}, at the start "
-           f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} --words \"fox, umbrella, rain\"")
+           f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} --words \"fox, garden, rain\"")
     if stop.signal:
         sys.exit(128 + stop.signal)
 

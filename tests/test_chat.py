@@ -519,8 +519,9 @@ def test_reset_and_retry_take_back_what_the_story_carries(monkeypatch, babbler, 
 def test_what_falls_out_of_the_window_is_said_once_per_story(monkeypatch, babbler, capsys):
     converse(monkeypatch, babbler, ["Once", "", "", "", "/reset", "Once"], keep_context=True, max_new_tokens=60)
     assert capsys.readouterr().err.count("outgrown") == 1
-    converse(monkeypatch, babbler, ["Once", "", "/reset", "Once", ""], keep_context=True, max_new_tokens=60)
-    assert capsys.readouterr().err.count("outgrown") == 2
+    for begin_anew in (["/reset", "Once", ""], ["/words fox umbrella rain"]):
+        converse(monkeypatch, babbler, ["Once", "", *begin_anew], keep_context=True, max_new_tokens=80)
+        assert capsys.readouterr().err.count("outgrown") == 2
 
 
 # Words that the story is to use.

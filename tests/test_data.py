@@ -19,7 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import CONTEXT_SETTINGS, IGNORE_INDEX, Command, CorpusConfig, UserError, only_fields, setting_options
-from data import MAX_CHARS, Corpus, Tokenizer, TokenStream, TrainLoader, Validation, chunks, prepare_command
+from data import (MAX_CHARS, Corpus, Tokenizer, TokenStream, TrainLoader, Validation, chunks, inflections, prepare_command,
+                  word_prompt, words_used)
 
 CPU = torch.device("cpu")
 BOS = 1
@@ -304,6 +305,35 @@ def test_the_command_that_prepares_a_corpus_omits_defaults_and_quotes_words():
     assert prepare_command("data") == "python preprocess.py prepare-dataset"
     assert prepare_command("my data", dict(dataset="sample", seed=1337, sample_rate=0.5, source="x")) \
         == 'python preprocess.py prepare-dataset --dataset sample --sample-rate 0.5 --data-dir "my data"'
+
+
+# -----------------------------------------------------------------------------
+# Word prompts
+
+def test_a_word_prompt_is_a_line_of_its_own_with_an_empty_line_after_it():
+    assert word_prompt(["fox", "umbrella", "rain"]) + "Once" == "Words: fox, umbrella, rain.\n\nOnce"
+
+
+@pytest.mark.parametrize("word, forms", [
+    ("fox", "foxes foxed foxing"), ("umbrella", "umbrellas"), ("church", "churches"), ("baby", "babies babied babying"),
+    ("happy", "happier happiest"), ("play", "plays played playing"), ("run", "runs running runner"),
+    ("big", "bigger biggest"), ("bake", "bakes baked baking baker"), ("sleep", "sleeps sleeping"), ("show", "showed"),
+    ("nice", "nicer nicest")])
+def test_plain_inflections_of_a_word_count_as_the_word(word, forms):
+    assert {word, *forms.split()} <= inflections(word) and len(inflections(word)) <= 6
+    for form in (word, word.upper(), *forms.split()):
+        assert words_used([word], f'"The {form}!"') == [word]
+
+
+@pytest.mark.parametrize("word, text", [
+    ("cat", "A caterpillar."), ("rain", "A rainbow trains."), ("car", "He was scared of his care."), ("baby", "babys"),
+    ("run", "runing"), ("hop", "They hoped."), ("mouse", "mice"), ("fox", ""), ("fox", "fo x")])
+def test_other_words_that_contain_a_word_are_not_that_word(word, text):
+    assert words_used([word], text) == []
+
+
+def test_the_words_used_keep_the_order_in_which_they_were_asked_for():
+    assert words_used(["rain", "fox", "naïve", "bake"], "Naïve Foxes were baking!") == ["fox", "naïve", "bake"]
 
 
 # -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import preprocess
-from config import CorpusConfig, UserError, atomic_write, folder_lock
+from config import PRESETS, CorpusConfig, UserError, atomic_write, folder_lock
 from data import Corpus
 
 WORDS = "the cat sat on a mat café naïve жила была кошка и она любила ёжика 你好 😀 dogs ran far away home".split()
@@ -651,10 +651,13 @@ def test_validation_of_over_a_tenth_of_the_text_is_warned_of(tmp_path, few_parts
 # -----------------------------------------------------------------------------
 # Parts and sampling
 
+def all_stories(texts):
+    return preprocess.scan_stories(datasets.Dataset.from_dict(dict(text=texts)), "")[0]
+
+
 def selected(texts, **settings):
     """The texts of each part."""
-    everything, *_ = preprocess.scan_stories(datasets.Dataset.from_dict(dict(text=texts)), "")
-    parts = preprocess.select_parts(everything, CorpusConfig(**settings))
+    parts = preprocess.select_parts(all_stories(texts), CorpusConfig(**settings))
     return {name: [text for batch, _ in part.batches() for text in batch] for name, part in parts.items()}
 
 
@@ -809,6 +812,158 @@ def test_what_is_no_tokenizer_of_ours_is_refused_with_the_file_to_name(master, t
 
 
 # -----------------------------------------------------------------------------
+# Word prompts
+
+def content_words(texts, seed=1):
+    """(content words, those of them that are held out)."""
+    found = preprocess.content_words([all_stories(texts)], seed, most=0.06)
+    assert not set(found["words"]) & set(found["held_out_words"])
+    return set(sum(found.values(), [])), found["held_out_words"]
+
+
+def test_content_words_are_neither_names_nor_rare_nor_frequent_nor_parts_of_words():
+    words = {"fox fox": 150, "sun": 151, "owl": 2, "elk": 1, "rose": 50, "Rose": 11, "bell": 50, "Bell": 10, "Tom": 99,
+             "ox": 50, "ёжик": 50, "猫猫猫": 50, "couldn't": 50, "isn\u2019t": 50, "can_": 50, "HAT": 50, "iPod": 50}
+    texts = [""] * 2500  # 0.08% of them are 2, 6% are 150
+    for word, count in words.items():
+        for i in range(count):
+            texts[i] += f' "{word}," no. 7.'
+    found = content_words([text or "The end." for text in texts])[0]
+    assert found == {"fox", "owl", "bell", "ёжик", "can"}
+
+
+SYLLABLES = "ba ke lo mi nu pa ri so tu va we zi".split()
+NOUNS = ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)]
+
+
+def worded(count, seed=0):
+    """`count` texts with 0 to 7 of 144 content words, each of which is in about 3% of them."""
+    rng = random.Random(seed)
+    return [f"Lily saw it, tale {i} of {seed}:\n\n" + " and ".join(rng.sample(NOUNS, rng.randint(0, 7))) + "."
+            for i in range(count)]
+
+
+def test_content_words_do_not_depend_on_the_order_of_the_stories_and_a_fixed_fifth_is_held_out():
+    texts = worded(600)
+    words, held_out = content_words(texts)
+    assert words == set(NOUNS) and 14 <= len(held_out) <= 44 and held_out == sorted(held_out)
+    assert content_words(texts[::-1]) == (words, held_out) != content_words(texts, seed=2)
+    assert len(set(content_words(texts, seed=2)[1]) & set(held_out)) < len(held_out) / 2
+
+
+def prompted(texts, starts=None, rate=1.0, seed=0, fits=lambda text: True):
+    batches = iter([([text], np.array([start])) for text, start in zip(texts, starts or [True] * len(texts))])
+    return [text for batch, _ in preprocess.add_word_prompts(batches, NOUNS, rate, seed, fits) for text in batch]
+
+
+def named(text):
+    """(the words in the prompt of a text or [], the story itself)."""
+    line, words, story = re.fullmatch(r"(Words: (\w+, \w+, \w+)\.\n\n)?(.*)", text, re.DOTALL).groups()
+    return words.split(", ") if line else [], story
+
+
+def test_a_story_of_fewer_than_three_content_words_gets_no_prompt_and_a_long_one_only_at_its_start():
+    texts = ["bake bake lolo Tutu", "bake lolo tutu bake", "bake lolo tutu", "lolo bake mimi tutu"]
+    found = prompted(texts, [True, True, False, True])
+    assert [named(text)[1] for text in found] == texts and found[0] == texts[0] and found[2] == texts[2]
+    assert sorted(named(found[1])[0]) == ["bake", "lolo", "tutu"] and len(set(named(found[3])[0])) == 3
+    assert prompted(texts, fits=lambda text: text.endswith("mimi tutu"))[:3] == texts[:3]
+
+
+def test_which_words_are_named_and_in_which_order_is_random_and_repeats_for_a_seed():
+    texts = ["bake lolo tutu mimi nunu"] * 2000
+    found = [named(text)[0] for text in prompted(texts)]
+    counts = collections.Counter(map(tuple, found))
+    assert len(counts) == 5 * 4 * 3 and max(counts.values()) < 70
+    assert found[:2] == [["lolo", "mimi", "nunu"], ["lolo", "mimi", "tutu"]], "another draw than on other machines"
+    assert prompted(texts[:9], seed=1) != prompted(texts[:9]) == prompted(texts)[:9]
+    assert abs(sum(text.startswith("Words") for text in prompted(texts, rate=0.3)) - 600) < 4 * math.sqrt(420)
+
+
+PROMPTS = ["--word-prompts", 0.8, "--copies", 3, *SMALL]
+
+
+def test_a_fraction_of_the_training_stories_names_three_of_its_words_and_other_ones_in_each_copy(tmp_path, few_parts):
+    texts = worded(1000)
+    output = prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "data", *PROMPTS)
+    prepare(tmp_path / "a.jsonl", tmp_path / "plain", *SMALL)
+    train, val = accounted(tmp_path / "data", texts)
+    plain_train, plain_val = stories(tmp_path / "plain")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
+    assert set(NOUNS) == {*meta["words"], *meta["held_out_words"]} and val == plain_val
+    assert (tmp_path / "data" / "tok330.model").read_bytes() == (tmp_path / "plain" / "tok330.model").read_bytes()
+    copies, words, place = {text: [] for text in plain_train}, [], 0
+    for shard in meta["train"]:  # each holds its stories three times, copy after copy
+        here = [named(text) for text in train[place:place + shard["stories"]]]
+        place, third = place + len(here), len(here) // 3
+        assert [story for _, story in here] == 3 * [story for _, story in here[:third]]
+        for words, story in here:
+            copies[story].append(words)
+            assert set(words) <= set(re.findall(r"\w+", story)) & set(NOUNS) and len(set(words)) in (0, 3)
+    with_three = [drawn for story, drawn in copies.items() if len(set(re.findall(r"\w+", story)) & set(NOUNS)) >= 3]
+    total = 3 * len(with_three)
+    assert 400 < len(with_three) < 800 and sum(map(len, copies.values())) == 3 * len(plain_train)
+    assert abs(sum(map(bool, sum(with_three, []))) - 0.8 * total) < 4 * math.sqrt(0.16 * total)
+    assert sum(map(bool, sum(copies.values(), []))) == sum(map(bool, sum(with_three, [])))
+    both = [(first, second) for first, second, _ in with_three if first and second]
+    assert sum(first == second for first, second in both) < len(both) / 8
+    size, added = sum(len(text.encode()) for text in plain_train), sum(len(text) for text in train) - sum(
+        len(named(text)[1]) for text in train)
+    rows = table(tmp_path / "data")
+    assert rows["added: further copies"] == [-2 * len(plain_train), -2 * size]
+    assert rows["added: word prompts"] == [0, -added]
+    assert prepare(tmp_path / "a.jsonl", tmp_path / "data", *PROMPTS).endswith(output)
+
+
+def test_an_interrupted_preparation_with_word_prompts_ends_with_the_same_files(tmp_path, few_parts, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", worded(300))
+    prepare(tmp_path / "a.jsonl", tmp_path / "unbroken", *PROMPTS, "--workers", 1)
+    real = preprocess.write_shard
+    for last in ("val_000.bin", "train_000.bin", "train_001.bin"):
+        def stopping(path, *arguments):
+            real(path, *arguments)
+            if path.name == last:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(preprocess, "write_shard", stopping)
+        prepare(tmp_path / "a.jsonl", tmp_path / "data", *PROMPTS, code=130)
+    prepare(tmp_path / "a.jsonl", tmp_path / "data", *PROMPTS)
+    assert snapshot(tmp_path / "data") == snapshot(tmp_path / "unbroken")
+
+
+def test_word_prompts_of_the_built_in_corpus_fit_the_window_of_the_demo_model(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess, "TRAIN_STORIES", 500)
+    monkeypatch.setattr(preprocess, "VAL_STORIES", 200)
+    monkeypatch.setattr(preprocess, "PARTS", 3)
+    prepare("sample", tmp_path / "data", "--word-prompts", 1, "--copies", 2)
+    corpus, (train, val), (plain_train, plain_val) = Corpus(tmp_path / "data"), *map(stories, (tmp_path / "data", sample))
+    words = {*corpus.meta["words"], *corpus.meta["held_out_words"]}
+    assert 60 < len(words) < 90 and val == plain_val and corpus.meta["val_nats"] == Corpus(sample).meta["val_nats"]
+    assert sorted(named(text)[1] for text in train) == sorted(2 * plain_train)
+    assert not {"words", "held_out_words"} & set(Corpus(sample).meta)
+    sizes = {text: len(corpus.tokenizer.encode(text)) + 2 for text in train}  # with bos and eos
+    window = PRESETS["demo"]["block_size"] + 1
+    without = [text for text in train if not named(text)[0]]
+    too_long = [text for text in without if len(words & set(re.findall(r"\w+", text))) >= 3]
+    assert max(sizes.values()) in (window - 1, window) and len(without) < 100
+    assert 0 < len(too_long) < 30 and min(sizes[text] for text in too_long) > window - 25
+
+
+def test_copies_do_not_hide_that_validation_is_over_a_tenth_of_the_text(tmp_path, few_parts):
+    for name, texts in ("train", worded(100)), ("validation", worded(25, 1)):
+        write_jsonl(tmp_path / "texts" / f"{name}.jsonl", texts)
+    plain, copied = (re.findall("Warning.*", prepare(tmp_path / "texts", tmp_path / f"{i}", *SMALL, *options))
+                     for i, options in enumerate([[], PROMPTS]))
+    assert plain == copied and "validation is 21% of the text" in copied[0]
+
+
+def test_word_prompts_that_cannot_be_or_copies_without_them_are_refused_with_what_to_type(source, tmp_path):
+    line = refused(source, tmp_path / "data", *SMALL, "--copies", 3)
+    assert "--copies has no effect without --word-prompts: add --word-prompts 0.8, or omit it." in line
+    line = refused(write_jsonl(tmp_path / "a.jsonl", tales(50, words=["the"])), tmp_path / "data", *PROMPTS)
+    assert "differ in too few words (none) for word prompts: omit --word-prompts" in line
+
+
+# -----------------------------------------------------------------------------
 # Doing it twice
 
 def test_a_second_run_says_up_to_date_also_where_files_were_copied(source, prepared, tmp_path):
@@ -821,9 +976,18 @@ def test_a_second_run_says_up_to_date_also_where_files_were_copied(source, prepa
     assert "is up to date" in output and "vocabulary: 400 tokens" in output and snapshot(prepared) == before
 
 
+def test_a_corpus_of_an_earlier_version_without_some_settings_is_up_to_date(source, prepared):
+    meta = json.loads((prepared / "meta.json").read_text(encoding="utf-8"))
+    del meta["arguments"]["word_prompts"], meta["arguments"]["copies"]
+    (prepared / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert "up to date" in prepare(source, prepared, "--vocab-size", 400)
+    assert "--word-prompts 0.0 (now 0.5)" in refused(source, prepared, "--vocab-size", 400, "--word-prompts", 0.5)
+
+
 def test_other_arguments_are_refused_in_words_until_overwrite(source, prepared):
     before = snapshot(prepared)
     for options, says in ((["--sample-rate", 0.5], "--sample-rate 1.0 (now 0.5)"),
+                          (["--word-prompts", 0.8], "--word-prompts 0.0 (now 0.8)"),
                           (["--seed", 1], "--seed 1337 (now 1)"), (SMALL, "--vocab-size 400 (now 330)")):
         line = refused(source, prepared, "--vocab-size", 400, *options)
         assert says in line and "pass --overwrite" in line and "another --data-dir" in line

@@ -15,8 +15,9 @@ from conftest import ROOT
 # Which of our files each file may import.
 ARROWS = {"config": set(), "data": {"config"}, "model": {"config"}, "preprocess": {"config", "data"},
           "train": {"config", "data", "model"}, "chat": {"config", "data", "model"},
-          "export": {"config", "data", "model"}, "plot_loss": {"config"}}
-FILES, COMMANDS = sorted(ARROWS), ["chat", "export", "plot_loss", "preprocess", "train"]
+          "export": {"config", "data", "model"}, "plot_loss": {"config"},
+          "reinforce": {"config", "data", "model", "train"}}
+FILES, COMMANDS = sorted(ARROWS), ["chat", "export", "plot_loss", "preprocess", "reinforce", "train"]
 LIBRARIES = {"torch", "numpy", "sentencepiece", "datasets", "tqdm", "matplotlib", "click"}
 COME_WITH_DATASETS = {"pyarrow", "huggingface_hub"}
 OPTIONAL_FOR_EXPORT = {"safetensors", "gguf"}
