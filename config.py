@@ -306,9 +306,10 @@ class CorpusConfig(Settings):
                                     "required before train.py --init-from", STRING, metavar="FILE")
     num_files: int = setting(50, "the corpus is cut into 50 equal files; use the first N", IntRange(1, 50))
     sample_rate: float = setting(1.0, "fraction of the stories of those files to keep", FloatRange(0, 1, min_open=True))
-    word_prompts: float = setting(0.0, "fraction of the training stories to begin with a word prompt, such as 'Words: "
-                                  "fox, rain, umbrella.', of words in the story", FloatRange(0, 1))
-    copies: int = setting(1, "with --word-prompts: copies of the training text, each with other words in its prompts",
+    word_prompts: float = setting(0.0, "fraction of the training stories that begin with a line which names three of "
+                                  "their words, such as 'Words: fox, rain, umbrella.' (for reinforce.py)",
+                                  FloatRange(0, 1))
+    copies: int = setting(1, "with --word-prompts: copies of the training text, each naming other words",
                           IntRange(1, 1000))
     seed: int = setting(1337, "seed of the choice by --sample-rate and of the word prompts", IntRange(0, 2**63 - 1))
     data_dir: str = setting("data", "folder for the prepared corpus", STRING, metavar="FOLDER")

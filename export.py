@@ -168,8 +168,8 @@ def write_gguf(output, model, tokenizer):
 # -----------------------------------------------------------------------------
 # Our own formats, and the command
 
-def write_pt(output, model, tokenizer, word_prompts):
-    save_checkpoint(output, model, tokenizer.model_bytes, word_prompts=word_prompts)
+def write_pt(output, model, tokenizer, **more):
+    save_checkpoint(output, model, tokenizer.model_bytes, **more)
     return f"Try it:\n  python chat.py --checkpoint {quoted(output)}"
 
 
@@ -215,7 +215,7 @@ def main(format, output, checkpoint_path, out_dir, overwrite):
     check_output(output, format, checkpoint_path, overwrite)
     model, checkpoint = load_checkpoint(checkpoint_path)
     tokenizer = Tokenizer(checkpoint["tokenizer"], f"the tokenizer in {checkpoint_path}")
-    more = dict(word_prompts=checkpoint.get("word_prompts", False)) if format == "pt" else {}
+    more = dict(word_prompts=True) if format == "pt" and checkpoint.get("word_prompts") else {}  # for chat.py --words
     next_step = WRITERS[format](output, model, tokenizer, **more)
     millions = model.count_parameters() / 1e6
     click.echo(f"Wrote {output} from {checkpoint_path} ({millions:.1f} M parameters).\n{next_step}")

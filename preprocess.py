@@ -373,9 +373,6 @@ class Stories:
         mask = chosen[np.cumsum(self.starts) - 1]
         return replace(self, index=self.index[mask], starts=self.starts[mask])
 
-    def repeated(self, copies):
-        return replace(self, index=np.tile(self.index, copies), starts=np.tile(self.starts, copies))
-
     def size(self):
         """[stories, bytes]"""
         return np.array([len(self), self.row_bytes[self.index].sum()])
@@ -572,14 +569,14 @@ def given_tokenizer(config):
 # 3. Word prompts
 
 def content_words(parts, seed, most):
-    """{"words": those that prompts name, but for "held_out_words": a fixed fifth of them, which only judging uses}.
+    """{"words", "held_out_words"}: the content words of the training text, of which a fixed fifth serves to judge.
 
-    A content word has three letters or more. It is in 0.08% to 6% of the stories (`most`) in lower case, and in at most
-    a fifth as many with a capital, unlike names.
+    A content word has three letters or more. It is in 0.08% to `most` of the stories in lower case and, unlike a name,
+    in at most a fifth as many with a capital.
     """
     counts = collections.Counter()
     for total, text in enumerate(sampled_text(parts, seed), 1):
-        counts.update(set(re.findall(r"[^\W\d_]{3,}+(?!['\u2019])", text)))  # not wouldn of wouldn't
+        counts.update(set(re.findall(r"[^\W\d_]{3,}+(?!['\u2019])", text)))  # possessive: nothing of wouldn't
     words = sorted(word for word, count in counts.items() if word.islower()
                    and 0.0008 * total <= count <= most * total and counts[word.capitalize()] <= count / 5)
     if len(words) < 3:
@@ -589,17 +586,17 @@ def content_words(parts, seed, most):
     return dict(words=[word for word in words if word not in held_out], held_out_words=held_out)
 
 
-def add_word_prompts(batches, words, rate, seed, fits):
-    """Yield `batches` of (texts, starts) in which a fraction `rate` of the stories begin with a word prompt.
+def with_word_prompts(name, stories, words, config, fits):
+    """Yield (texts, starts) of --copies of the stories of shard `name`. A fraction --word-prompts begin with a prompt.
 
     It names three of `words` that the story contains; one that has fewer, or that would no longer fit, gets none.
     """
     number = itertools.count()
-    for texts, starts in batches:
+    for texts, starts in itertools.chain.from_iterable(stories.batches() for _ in range(config.copies)):
         for i in np.flatnonzero(starts):
-            rng = random.Random(f"{seed} {next(number)}")
+            rng = random.Random(f"{config.seed} {name} {next(number)}")
             found = [*dict.fromkeys(word for word in WORDS.findall(texts[i]) if word in words)]
-            if rng.random() < rate and len(found) >= 3:
+            if rng.random() < config.word_prompts and len(found) >= 3:
                 text = word_prompt(rng.sample(found, 3)) + texts[i]
                 texts[i] = text if fits(text) else texts[i]
         yield texts, starts
@@ -749,32 +746,29 @@ def prepare(config, threads, overwrite):
             file.write(tokenizer.model_bytes)
     tokenizer = Tokenizer(model_path.read_bytes(), model_path)
 
-    def fits(text):
+    def fits(text):  # with bos and eos: the demo preset's windows start at stories
         return not is_sample or len(tokenizer.encode(text)) < PRESETS["demo"]["block_size"]
 
-    all_words, total = frozenset().union(*words.values()), len(val) + config.copies * int(selected[0])
-    with tqdm(total=total, desc="encoding", unit=" stories", **bar_options()) as bar:
+    all_words = frozenset().union(*words.values())
+    with tqdm(total=len(val) + config.copies * selected[0], desc="encoding", unit=" stories", **bar_options()) as bar:
         for name, stories in {"val_000.bin": val, **parts}.items():
-            if name in parts:
-                stories = stories.repeated(config.copies)
+            has_prompts = words and name in parts
             if (folder / name).exists():
-                bar.update(len(stories))
+                bar.update(len(stories) * (config.copies if has_prompts else 1))
                 continue
-            batches = stories.batches()
-            if words and name in parts:
-                batches = add_word_prompts(batches, all_words, config.word_prompts, f"{config.seed} {name}", fits)
+            batches = with_word_prompts(name, stories, all_words, config, fits) if has_prompts else stories.batches()
             write_shard(folder / name, batches, tokenizer, threads, bar)
 
     shards = [describe_shard(folder / name, tokenizer) for name in parts]
     if words:
-        written = np.array([[shard["stories"], shard["bytes"]] for shard in shards]).sum(0)
+        written = np.sum([[shard["stories"], shard["bytes"]] for shard in shards], axis=0)
         left_out["added: further copies"] = (1 - config.copies) * selected
         left_out["added: word prompts"] = config.copies * selected - written
     meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, read=read.tolist(), **metadata,
                 left_out={row: size.tolist() for row, size in left_out.items() if size.any()},
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),
                 val=[describe_shard(folder / "val_000.bin", tokenizer)], train=shards, **words)
-    splits = train = val = parts = stories = None
+    splits = train = val = parts = stories = batches = None
     gc.collect()  # Windows cannot move or delete a file that is still memory-mapped
     publish(folder, data_dir, meta)
     report(data_dir, meta)

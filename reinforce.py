@@ -2,9 +2,9 @@
 
     python reinforce.py --init-from out/words/best.pt --data-dir data/words --out-dir out/rl
 
-For each prompt, "Words: fox, umbrella, rain.", the model writes a group of stories. One whose reward is above the mean of
-its group becomes more likely, the others less (REINFORCE with a leave-one-out baseline, Ahmadian et al. 2024). All are
-written by the present model and used once, so no ratio needs clipping.
+For each prompt, "Words: fox, umbrella, rain.", the model writes a group of stories. One whose reward is above the mean
+of its group becomes more likely, the others less (REINFORCE with a leave-one-out baseline, Ahmadian et al. 2024). All
+are written by the present model and used once, so no ratio needs clipping.
 """
 
 import signal
@@ -304,8 +304,8 @@ def reinforce(model, checkpoint, corpus, config, stop):
             lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
             **{f"train_{name}": value for name, value in facts.items()})
         left = format_seconds(seconds / (it + 1) * (config.max_iters - it - 1))
-        print0(f"iter {it + 1}/{config.max_iters}: reward {reward.mean():.3f}, words used {facts['words_used']:.1%}, KL "
-               f"{kl:.4f} per token, {facts['story_tokens']:.0f} tokens, gradient {norm:.2f}, {left} left")
+        print0(f"iter {it + 1}/{config.max_iters}: reward {reward.mean():.3f}, words used {facts['words_used']:.1%}, "
+               f"KL {kl:.4f} per token, {facts['story_tokens']:.0f} tokens, gradient {norm:.2f}, {left} left")
 
 
 def lr_multiplier(it, config):
@@ -360,7 +360,8 @@ def main(init_from, overwrite, **given):
             raise UserError(f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, or with fewer "
                             "--prompts-per-iter.") from None
     print0(f"Best: held-out words used {best['words_used']:.1%} at iteration {best['iter']}, at the start "
-           f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} --words \"fox, garden, rain\"")
+           f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} "
+           '--words "fox, garden, rain"')
     if stop.signal:
         sys.exit(128 + stop.signal)
 

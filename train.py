@@ -645,7 +645,8 @@ def settings_for_resume(checkpoint, shape, preset, given, corpus, path):
 
 def describe(run, batch_size):
     """Print the facts of the run before it starts."""
-    config, shape, stream = run.config, run.model.config, run.corpus.train
+    config, shape = run.config, run.model.config
+    text_tokens = len(run.corpus.train) // run.corpus.meta["arguments"].get("copies", 1)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     count, tokens = run.model.count_parameters(), config.max_iters * config.tokens_per_iter
     print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), "
@@ -657,12 +658,12 @@ def describe(run, batch_size):
            f"{' with a GradScaler' * run.scaler.is_enabled()}.")
     if run.device.type == "cpu" and cuda_hint():
         print0(f"Warning: {cuda_hint()}Training continues on the CPU, slowly.")
-    steps, epochs = grad_accum_steps(config, shape.block_size, batch_size), tokens / len(stream)
+    steps, epochs = grad_accum_steps(config, shape.block_size, batch_size), tokens / text_tokens
     print0(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({steps} micro-batch"
            f"{'es' * (steps > 1)} of {batch_size} x {shape.block_size}), {format_count(tokens)} tokens in total, "
-           f"{epochs:.2g} epochs of the {format_count(len(stream))} training tokens in {config.data_dir}.")
+           f"{epochs:.2g} epochs of the {format_count(text_tokens)} training tokens in {config.data_dir}.")
     if epochs > MANY_EPOCHS:
-        enough = max(1, round(MANY_EPOCHS * len(stream) / config.tokens_per_iter))
+        enough = max(1, round(MANY_EPOCHS * text_tokens / config.tokens_per_iter))
         print0(f"Warning: beyond about {MANY_EPOCHS} epochs a model overfits. Prepare more text, or stop earlier: "
                f"--max-iters {enough}")
     group = run.optimizer.param_groups[-1]

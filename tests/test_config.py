@@ -57,7 +57,7 @@ def another(f):
         return "my own/folder"
     if isinstance(default, float):
         return max(float(kind.min), default / 2 or 0.5)
-    return (default or 600) // 2
+    return (default or 600) // 2 or 2
 
 
 # -----------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import CONTEXT_SETTINGS, IGNORE_INDEX, Command, CorpusConfig, UserError, only_fields, setting_options
-from data import (MAX_CHARS, Corpus, Tokenizer, TokenStream, TrainLoader, Validation, chunks, inflections, prepare_command,
-                  word_prompt, words_used)
+from data import (MAX_CHARS, Corpus, Tokenizer, TokenStream, TrainLoader, Validation, chunks, inflections,
+                  prepare_command, word_prompt, words_used)
 
 CPU = torch.device("cpu")
 BOS = 1

@@ -274,6 +274,9 @@ def test_pt_keeps_weights_and_tokenizer_and_nothing_else(runs, tmp_path, tokeniz
     run_export("--format", "pt", "--checkpoint", tmp_path / "ckpt.pt", "--output", tmp_path / "small.pt")
     copy, checkpoint = load_checkpoint(tmp_path / "small.pt")
     assert set(checkpoint) == parts
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer.model_bytes, word_prompts=True, iter=7)
+    run_export("--format", "pt", "--checkpoint", tmp_path / "ckpt.pt", "--output", tmp_path / "words.pt")
+    assert set(load_checkpoint(tmp_path / "words.pt")[1]) == parts | {"word_prompts"}, "which chat.py --words asks for"
     assert checkpoint["tokenizer"] == tokenizer.model_bytes and checkpoint["model_config"] == asdict(model.config)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True))
 

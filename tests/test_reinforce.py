@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import ROOT
 
 import chat
 import plot_loss
@@ -299,6 +300,24 @@ def test_ctrl_c_keeps_the_best_so_far_and_ends(folders, tmp_path, monkeypatch):
     output = run(folders, tmp_path, "--max-iters", 9, expect=130)
     assert "Best: held-out words used" in output and metrics(tmp_path)[-1]["iter"] == 3
     assert "words_used" in metrics(tmp_path)[-1] and (tmp_path / "best.pt").exists()
+
+
+def test_the_benchmark_compares_both_models_and_the_best_of_8_with_standard_errors(folders, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    import reinforce_words
+    best = folders[1] / "best.pt"
+    words = ["--data-dir", folders[0], "--before", best, "--after", best, "--plain", best, "--prompts", 6, "--device",
+             "cpu", "--json", tmp_path / "rows.json"]
+    result = CliRunner().invoke(reinforce_words.main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["name"]: row for row in figures["rows"]}
+    assert len(rows) == 9 and "before, best of 8, of a story" in rows and result.output.count("\n--- ") == 6
+    for kind in ("of a story", "at random"):
+        before, after = (rows[f"{when}, temperature 1, {kind}"] for when in ("before", "after"))
+        assert {**before, "name": ""} == {**after, "name": ""}, "the same model and the same random numbers"
+        assert all(0 <= before[title][0] <= 1 for title in ("words used", "all three", "ended", "3-grams"))
+    assert figures["losses"]["before"] == figures["losses"]["after"]
 
 
 def test_what_cannot_work_is_refused_with_what_to_type(folders, tmp_path, data):
