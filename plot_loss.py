@@ -1,7 +1,11 @@
 """Picture and summary of one run or several, from the metrics.jsonl that train.py writes, also while it trains."""
 
+import contextlib
 import json
 import math
+import shutil
+import sys
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +21,7 @@ TABLE = (("training", "train_loss", None),  # title of the row, name in metrics.
          ("validation", "val_loss", "floor"), ("  bits per byte", "val_bpb", None),
          ("whole validation", "full_val_loss", "full_floor"), ("  bits per byte", "full_val_bpb", None))
 PANELS = ("grad-norm", "loss-scale", "tokens-per-second")
+WATCH_SECONDS = 5  # a picture takes half a second of a CPU on which a run may be training
 
 
 class RunMetrics:
@@ -24,18 +29,26 @@ class RunMetrics:
 
     def __init__(self, folder):
         self.folder, self.label = folder, str(folder)[-60:]  # the picture has no room for more
-        self.lines = read_metrics(folder / "metrics.jsonl")
+        self.lines, self.notes = read_metrics(folder / "metrics.jsonl")
         self.train, self.val = ([line for line in self.lines if name in line] for name in ("train_loss", "val_loss"))
         self.best = lowest(self.val, "val_loss")
-        try:
-            self.vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.vocab_size = None  # costs only the line for guessing
+        self.has_loss = bool(self.best or lowest(self.train, "train_loss"))
+        if not self.has_loss:
+            self.notes.append(f"{folder}: no metrics.jsonl with a loss, skipped.")
+        self.vocab_size, self.ended = None, False  # costs only the line for guessing and the end of --watch
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.vocab_size = config["model"]["vocab_size"]
+            max_iters = (config.get("train") or config["reinforce"])["max_iters"]
+            self.ended = bool(self.val) and self.val[-1]["iter"] >= max_iters  # a run ends with an evaluation
 
 
 def read_metrics(path):
-    """One dict per iteration, in order; a value that was not finite is nan. Of a repeated iteration the last counts."""
-    by_iter = {}
+    """One dict per iteration, in order, and notes on what was skipped.
+
+    A value that was not finite is nan. Of a repeated iteration the last line counts.
+    """
+    by_iter, notes = {}, []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, 1):
         try:
@@ -43,8 +56,8 @@ def read_metrics(path):
             i, _, _ = line["iter"], line["tokens"], line["seconds"]  # each line has them
             by_iter[i] = by_iter.get(i, {}) | line  # training and evaluation have a line each
         except (ValueError, TypeError, AttributeError, KeyError):
-            click.echo(f"{path}, line {number} is damaged or still being written: skipped.", err=True)
-    return [by_iter[i] for i in sorted(by_iter)]
+            notes.append(f"{path}, line {number} is damaged or still being written: skipped.")
+    return [by_iter[i] for i in sorted(by_iter)], notes
 
 
 def lowest(lines, name):
@@ -54,12 +67,10 @@ def lowest(lines, name):
 
 def read_runs(folders):
     """The runs among the folders; the others are skipped with a note. UserError if there is none."""
-    runs = []
-    for run in map(RunMetrics, folders):
-        if run.best or lowest(run.train, "train_loss"):
-            runs.append(run)
-        else:
-            click.echo(f"{run.folder}: no metrics.jsonl with a loss, skipped.", err=True)
+    runs = list(map(RunMetrics, folders))
+    for note in (note for run in runs for note in run.notes):
+        click.echo(note, err=True)
+    runs = [run for run in runs if run.has_loss]
     if not runs:
         first = folders[0]
         nearby = [*first.glob("*/metrics.jsonl"), *first.parent.glob("metrics.jsonl")]
@@ -82,6 +93,30 @@ def summary(run):
                 distances = [line[name] / floor - 1 for line in lines]
                 rows.append(row(f"  above floor {floor:.4f}", *(f"{d:.1%}" if d < 1 else "-" for d in distances)))
     return "\n".join(rows)
+
+
+def watch_runs(folders, redraw):
+    """Call redraw(runs), which returns a path, whenever a run has written; return when the run in each folder has ended.
+
+    Without any loss it waits: train.py may have been started a moment ago.
+    """
+    seen, terminal = None, sys.stdout.isatty()
+    while True:
+        sizes = [path.stat().st_size if path.is_file() else 0 for path in (f / "metrics.jsonl" for f in folders)]
+        if sizes != seen:
+            runs = list(map(RunMetrics, folders))
+            if all(run.ended for run in runs):
+                return click.echo(nl=terminal and seen is not None)
+            if drawable := [run for run in runs if run.has_loss]:
+                iterations = ", ".join(f"{run.lines[-1]['iter']:,.0f}" for run in drawable)
+                line = f"Iteration {iterations} (Ctrl-C exits): {redraw(drawable)}"
+            else:
+                line = f"Waiting for the first loss (Ctrl-C exits): {', '.join(map(str, folders))}"
+            if terminal:  # in place; a line that fills it would scroll
+                line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
+            click.echo(line, nl=not terminal)
+            seen = sizes
+        time.sleep(WATCH_SECONDS)
 
 
 # -----------------------------------------------------------------------------
@@ -143,11 +178,16 @@ def draw_loss(axis, runs, smooth, bits):
                        title=runs[0].label if single else "large markers: validation")
 
 
-def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
-    """Write the picture: loss above, learning rate and the panels asked for below, all over one x axis."""
+def vocabularies_differ(runs):
+    return len({run.vocab_size for run in runs} - {None}) > 1
+
+
+def draw(runs, output, x, smooth, panels, log_x, log_y):
+    """Write the picture: loss above, learning rate and the panels asked for below, all over one x axis; its path."""
     import matplotlib.style
     from matplotlib.figure import Figure  # without pyplot no display is needed
 
+    output = output or runs[0].folder / "loss_curve.png"
     x_name, unit, x_label = X_AXES[x]
     for run in runs:
         for line in run.lines:
@@ -165,7 +205,7 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
             top.set_yscale("log", subs=(1.5, 2, 3, 4, 6))
             top.yaxis.set_major_formatter("{x:g}")
             top.yaxis.set_minor_formatter("{x:g}")
-        draw_loss(top, runs, smooth, bits)
+        draw_loss(top, runs, smooth, vocabularies_differ(runs))
         for axis, name in zip(below, names, strict=True):
             for i, run in enumerate(runs):
                 draw_curve(axis, i, [line for line in run.lines if name in line], name)
@@ -176,6 +216,7 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
         below[-1].set_xlabel(x_label)
         with atomic_write(output) as file:  # a viewer that follows a run never opens half a picture
             figure.savefig(file, dpi=200, format=output.suffix[1:].lower())
+    return output
 
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
@@ -190,22 +231,23 @@ def draw(runs, output, x, smooth, panels, log_x, log_y, bits):
               help="add a panel; may be given several times")
 @click.option("--log-x", is_flag=True, help="logarithmic x axis")
 @click.option("--log-y", is_flag=True, help="logarithmic loss axis")
-def main(run, out_dir, output, x, smooth, panels, log_x, log_y):
+@click.option("--watch", is_flag=True, help="redraw as training goes on, until each RUN has ended or Ctrl-C")
+def main(run, out_dir, output, watch, **look):
     """Draw the loss of each RUN, an out folder of train.py (default: out), and print a summary.
 
     Several runs share one picture. A run may still be training.
     """
-    folders = run + (out_dir,) if out_dir else run or (Path("out"),)
-    runs = read_runs(list({folder.resolve(): folder for folder in folders}.values()))
-    output = output or runs[0].folder / "loss_curve.png"
-    if output.suffix.lower() not in (".png", ".svg"):
+    if output and output.suffix.lower() not in (".png", ".svg"):
         raise UserError(f"{output} is neither .png nor .svg. Type: --output {quoted(output.with_suffix('.png'))}")
+    folders = run + (out_dir,) if out_dir else run or (Path("out"),)
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    if watch:
+        watch_runs(folders, lambda runs: draw(runs, output, **look))
+    runs = read_runs(folders)
     click.echo("\n".join(map(summary, runs)))
-    bits = len({run.vocab_size for run in runs} - {None}) > 1
-    if bits:
+    if vocabularies_differ(runs):
         click.echo("The vocabularies differ: the picture shows bits per byte, of validation only.")
-    draw(runs, output, x, smooth, panels, log_x, log_y, bits)
-    click.echo(f"Wrote {output}")
+    click.echo(f"Wrote {draw(runs, output, **look)}")
 
 
 if __name__ == "__main__":

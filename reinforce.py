@@ -13,11 +13,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that importing torch takes: no traceback
 
 import copy
+import itertools
 import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -72,8 +73,7 @@ def training_prompts(corpus, known_words, count, rng):
 def held_out_prompts(corpus, known_words, held_out_words, count, rng):
     """Up to `count` prompts of two held-out words and another, each three from one validation story."""
     numbers, sources = rng.permutation(len(corpus.val.story_starts)), [(held_out_words, 2), (known_words, 1)]
-    prompts = [prompt for prompt, _ in zip(word_prompts(corpus.val, corpus.tokenizer, numbers, sources, rng),
-                                           range(count))]
+    prompts = [*itertools.islice(word_prompts(corpus.val, corpus.tokenizer, numbers, sources, rng), count)]
     if not prompts:
         raise UserError("no validation story has three content words to ask for: prepare more text.")
     return prompts
@@ -100,8 +100,8 @@ def write_stories(model, prompts, tokenizer, sampling, generator):
     device, prompt_tokens = model.wte.weight.device, len(prompts[0].ids)
     idx = torch.tensor([prompt.ids for prompt in prompts], device=device)
     room = model.config.block_size - prompt_tokens
-    steps = model.generate(idx, sampling, tokenizer.eos_id, generator)
-    ids = torch.stack([*(step for step, _ in zip(steps, range(room))), torch.full((len(idx),), -1)], dim=1)  # (B, T)
+    steps = model.generate(idx, replace(sampling, max_new_tokens=room), tokenizer.eos_id, generator)
+    ids = torch.stack([*steps, torch.full((len(idx),), -1)], dim=1)  # (B, T), -1 after the end of a story
     lengths = (ids >= 0).sum(dim=1)
     ended = lengths < room
     written = torch.arange(ids.shape[1]) < (lengths + ended)[:, None]
@@ -253,7 +253,7 @@ def reinforce(model, checkpoint, corpus, config, stop):
     prepare_for_inference(writer, device, dtype if device.type == "cuda" else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    sampling = SampleConfig(max_new_tokens=model.config.block_size, temperature=1.0, top_k=0, repetition_penalty=1.0)
+    sampling = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)  # the distribution that is learned
     generator, rng = torch.Generator(device).manual_seed(config.seed), np.random.default_rng(config.seed)
 
     known, held_out = set(corpus.meta["words"]), set(corpus.meta["held_out_words"])

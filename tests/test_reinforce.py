@@ -20,7 +20,7 @@ from data import WORDS, Corpus, word_prompt
 from model import GPT, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
-FREE = SampleConfig(max_new_tokens=64, temperature=1.0, top_k=0, repetition_penalty=1.0)
+FREE = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)
 USUAL = reinforce.Usual(length=60, repeated_4grams=0.01)
 FEW = ["--prompts-per-iter", 2, "--group-size", 3, "--eval-prompts", 4, "--eval-tokens", 400, "--device", "cpu"]
 
@@ -156,15 +156,17 @@ def test_a_story_is_what_the_model_wrote_after_the_prompt_up_to_its_end(corpus, 
     assert stories.texts[0] == corpus.tokenizer.decode([50, 51])
 
 
-def test_a_story_that_fills_the_context_has_not_ended_and_its_last_token_counts(corpus, model):
-    with torch.no_grad():
-        model.wte.weight[corpus.tokenizer.eos_id] = -model.ln_f.weight * 100  # never the most likely token
-    greedy = SampleConfig(max_new_tokens=200, temperature=0.0, repetition_penalty=1.0)
-    stories = reinforce.write_stories(model, [reinforce.Prompt(["a"], [1, 40, 41])] * 2, corpus.tokenizer, greedy, None)
-    if not stories.ended.any():
-        room = model.config.block_size - 3
-        assert stories.lengths.tolist() == [room, room] and stories.written.sum(1).tolist() == [room, room]
-        assert stories.ids.shape[1] == model.config.block_size + 1
+def test_a_story_that_fills_the_context_has_not_ended_and_its_last_token_counts(corpus, model, monkeypatch):
+    room = model.config.block_size - 3
+
+    def generate(idx, sampling, *args):
+        assert sampling.max_new_tokens == room, "later tokens would be read without the prompt"
+        return iter(torch.full((room, 2), 50))
+    monkeypatch.setattr(model, "generate", generate)
+    stories = reinforce.write_stories(model, [reinforce.Prompt(["a"], [1, 40, 41])] * 2, corpus.tokenizer, FREE, None)
+    assert stories.lengths.tolist() == [room, room] and not stories.ended.any()
+    assert stories.written.sum(1).tolist() == [room, room] and not stories.written[:, -1].any()
+    assert stories.ids.shape[1] == model.config.block_size + 1
 
 
 # -----------------------------------------------------------------------------

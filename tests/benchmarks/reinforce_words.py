@@ -8,7 +8,6 @@ both models stands what costs no training: the best of 8 stories of the model be
 are over prompts.
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -27,8 +26,8 @@ from train import estimate_loss
 
 WIDTHS = (34, 13, 13, 13, 9, 15, 11, 15)
 TITLES = ("stories", "words used", "all three", "ended", "tokens", "repeated 4-gr.", "3-grams", "bits per byte")
-FREE = SampleConfig(max_new_tokens=10**6, temperature=1.0, top_k=0, repetition_penalty=1.0)
-SAMPLINGS = {"temperature 1": FREE, "chat's defaults": dataclasses.replace(SampleConfig(), max_new_tokens=10**6)}
+FREE = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)
+SAMPLINGS = {"temperature 1": FREE, "chat's defaults": SampleConfig()}
 
 
 def write(model, prompts, tokenizer, sampling, samples, seed, rows=512):
