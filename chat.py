@@ -359,7 +359,7 @@ def read_piped():
 @click.option("--out-dir", type=click.Path(path_type=Path), default=TrainConfig.out_dir, metavar="FOLDER",
               help=f"the run to talk to  [default: {TrainConfig.out_dir}]")
 @click.option("--device", default="auto", metavar="NAME",
-              help="cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu  [default: auto]")
+              help="cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu  [default: auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               help="precision of the weights; auto: float16 on CUDA and CPU, else float32  [default: auto]")
 @setting_options(SampleConfig)

@@ -505,9 +505,10 @@ def find_checkpoint(out_dir):
 # Device and dtype
 
 def choose_device(name="auto"):
-    """torch.device for a name, made the current one; auto: CUDA, else Apple's MPS, else the CPU."""
+    """torch.device for a name, made the current one; auto: the accelerator that torch finds, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda (also AMD's), xpu, mps
+        name = accelerator.type if accelerator else "cpu"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # fails here, not later, where the device does not work

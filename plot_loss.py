@@ -96,13 +96,13 @@ def summary(run):
 
 
 def watch_runs(folders, redraw):
-    """Call redraw(runs), which returns a path, whenever a run has written; return when the run in each folder has ended.
+    """Call redraw(runs), which returns a path, whenever a run has written, until there is an ended run in each folder.
 
-    Without any loss it waits: train.py may have been started a moment ago.
+    Before the first loss it waits: train.py may have been started a moment ago.
     """
-    seen, terminal = None, sys.stdout.isatty()
+    paths, seen, terminal = [folder / "metrics.jsonl" for folder in folders], None, sys.stdout.isatty()
     while True:
-        sizes = [path.stat().st_size if path.is_file() else 0 for path in (f / "metrics.jsonl" for f in folders)]
+        sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
         if sizes != seen:
             runs = list(map(RunMetrics, folders))
             if all(run.ended for run in runs):
@@ -112,7 +112,7 @@ def watch_runs(folders, redraw):
                 line = f"Iteration {iterations} (Ctrl-C exits): {redraw(drawable)}"
             else:
                 line = f"Waiting for the first loss (Ctrl-C exits): {', '.join(map(str, folders))}"
-            if terminal:  # in place; a line that fills it would scroll
+            if terminal:  # in place, and short enough not to scroll
                 line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
             click.echo(line, nl=not terminal)
             seen = sizes

@@ -1017,16 +1017,15 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 
 
 @without_cuda
-def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
+def test_auto_takes_the_accelerator_that_torch_finds_else_the_cpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(
         device=torch.device(device), is_cuda=device == "cuda", item=lambda: 0.0))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for cuda, mps, device in [(True, True, CUDA), (True, False, CUDA), (False, True, MPS), (False, False, CPU)]:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        assert choose_device() == choose_device("auto") == device
-    assert choose_device("cpu") == CPU and chosen == [CUDA] * 4, "what is captured lies on the current device"
+    for found in (CUDA, MPS, torch.device("xpu"), None):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+        assert choose_device() == choose_device("auto") == (found or CPU)
+    assert choose_device("cpu") == CPU and chosen == [CUDA] * 2, "what is captured lies on the current device"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "cuda:x", "cpu:-3", "meta", pytest.param("cuda", marks=without_cuda),

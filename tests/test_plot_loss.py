@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -25,12 +26,12 @@ def val_line(i, loss, **other):
     return dict(iter=i, tokens=i * 100, seconds=i * 0.5, val_loss=loss, val_bpb=bpb) | other
 
 
-def write_run(folder, lines, vocab_size=512, end="\n"):
+def write_run(folder, lines, vocab_size=512, end="\n", **settings):
     folder.mkdir(parents=True)
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "metrics.jsonl").write_text(text + end)
     if vocab_size:
-        (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": vocab_size}, "train": {}}))
+        (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": vocab_size}} | settings))
     return folder
 
 
@@ -347,6 +348,128 @@ def test_panels_on_request(tmp_path, figure_of):
     axes = figure_of(run, "--panel", "grad-norm", "--panel", "loss_scale", "--panel", "tokens-per-second").axes[1:]
     assert [(axis.get_title(loc="left"), axis.lines[0].get_ydata()[0]) for axis in axes] == [
         ("learning rate", 1e-3), ("grad norm", 0.5), ("loss scale", 65536.0), ("tokens per second", 200.0)]
+
+
+# -----------------------------------------------------------------------------
+# Watching
+
+def write_more(run, *lines):
+    """A function that appends the lines to the metrics of a run, as train.py does."""
+    def write():
+        with open(run / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return write
+
+
+def nothing():
+    pass
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A function: the result of --watch, whose pauses do what the list says, and the last iterations of each picture.
+
+    A pause too many is an error.
+    """
+    pictures, draw = [], plot_loss.draw
+
+    def noted(runs, *arguments, **options):
+        pictures.append([run.lines[-1]["iter"] for run in runs])
+        return draw(runs, *arguments, **options)
+
+    def run(pauses, *arguments):
+        pauses = iter(pauses)
+        monkeypatch.setattr(plot_loss, "draw", noted)
+        monkeypatch.setattr(plot_loss.time, "sleep", lambda seconds: next(pauses)())
+        return plot("--watch", *arguments), pictures
+    return run
+
+
+@pytest.mark.parametrize("settings", ["train", "reinforce"])
+def test_a_watched_run_is_drawn_when_it_has_written_and_only_then_until_its_last_evaluation(tmp_path, watch, settings):
+    run = write_run(tmp_path / "run", [train_line(10, 5.0)], **{settings: {"max_iters": 30}})
+    result, pictures = watch([nothing, write_more(run, train_line(20, 4.0), val_line(20, 4.0)), nothing, nothing,
+                              write_more(run, train_line(30, 3.0)), write_more(run, val_line(30, 3.5))], run)
+    assert result.exit_code == 0 and pictures == [[10], [20], [30], [30]] and is_png(run / "loss_curve.png")
+    *progress, row = result.output.partition(f"{run}\n")[0].splitlines()
+    assert [row.split(" (")[0] for row in (*progress, row)] == ["Iteration 10", "Iteration 20", "Iteration 30"]
+    assert cells(result, "validation")[3:6] == "3.5000 at 30".split() and result.output.count("Wrote") == 1
+
+
+def test_a_run_that_has_ended_is_drawn_once_without_a_pause(tmp_path, watch):
+    run = write_run(tmp_path / "run", [train_line(10, 5.0), val_line(10, 4.0)], train={"max_iters": 10})
+    result, pictures = watch([], run)
+    assert result.exit_code == 0 and pictures == [[10]] and result.output == plot(run).output
+
+
+def test_watching_waits_for_the_first_loss_of_each_run(tmp_path, watch):
+    early, late = tmp_path / "early", tmp_path / "late"
+    last = train_line(10, 5.0), val_line(10, 4.0)
+    result, pictures = watch([
+        lambda: write_run(early, [], end="", train={"max_iters": 10}), write_more(early, val_line(0, 6.2)),
+        write_more(early, *last), nothing, lambda: write_run(late, last, train={"max_iters": 10})], late, early)
+    assert result.exit_code == 0 and pictures == [[0], [10], [10, 10]] and result.stderr == ""
+    assert result.output.startswith(f"Waiting for the first loss (Ctrl-C exits): {late}, {early}\nIteration 0 ")
+
+
+def test_a_run_that_is_overwritten_while_watched_is_followed(tmp_path, watch):
+    run = write_run(tmp_path / "run", [train_line(10, 5.0), train_line(20, 4.0)], train={"max_iters": 30})
+    result, pictures = watch([(run / "metrics.jsonl").unlink, write_more(run, train_line(10, 4.5)), interrupt], run)
+    assert result.exit_code == 130 and pictures == [[20], [10]] and "Waiting" in result.output
+
+
+def test_damage_is_noted_once_at_the_end_of_watching(tmp_path, watch):
+    run = write_run(tmp_path / "run", ["garbage", train_line(10, 5.0)], train={"max_iters": 10})
+    result, _ = watch([nothing, write_more(run, val_line(10, 4.0))], run)
+    assert result.exit_code == 0 and result.stderr.count("line 1 is damaged") == 1
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_ctrl_c_ends_watching_quietly_and_leaves_the_last_picture(tmp_path, monkeypatch, watch, drawing):
+    run = write_run(tmp_path / "run", [train_line(10, 5.0)], train={"max_iters": 30})
+
+    def next_picture():
+        write_more(run, train_line(20, 4.0))()
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b"half") and interrupt())
+    result, _ = watch([next_picture if drawing else interrupt], run)
+    assert result.exit_code == 130 and result.stderr == "\nStopped.\n"
+    assert is_png(run / "loss_curve.png") and not (run / "loss_curve.png.tmp").exists()
+
+
+def test_on_a_terminal_progress_stays_in_one_line(tmp_path, monkeypatch, watch):
+    run = write_run(tmp_path / "run", [train_line(10, 5.0)], train={"max_iters": 30})
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    result, _ = watch([write_more(run, train_line(20, 4.0)), write_more(run, train_line(30, 3.0), val_line(30, 3.5))], run)
+    progress, summary = result.stdout.split("\n", 1)
+    first, *rows = progress.split("\r\033[K")
+    assert first == "" and [row[:13] for row in rows] == ["Iteration 10 ", "Iteration 20 "]
+    assert max(map(len, rows)) < 30 and summary.startswith(f"{run}\n")
+
+
+def test_a_picture_opened_while_a_real_process_watches_is_whole_and_the_process_ends_with_the_run(tmp_path):
+    run = write_run(tmp_path / "run", [train_line(1, 5.0)], train={"max_iters": 3})
+    code, picture, deadline = "plot_loss.WATCH_SECONDS = 0.1; plot_loss.main()", run / "loss_curve.png", time.time() + 60
+    process = subprocess.Popen([sys.executable, "-c", f"import plot_loss; {code}", "--watch", run], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        seen = set()
+        for lines in ([train_line(2, 4.0)], [train_line(3, 3.5), val_line(3, 3.0)], []):
+            before = len(seen)
+            while len(seen) == before and time.time() < deadline:
+                if picture.exists():
+                    assert is_png(picture)
+                    seen.add(picture.stat().st_mtime_ns)
+                time.sleep(0.01)
+            write_more(run, *lines)()
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and len(seen) == 3 and "3.0000 at 3" in output, output
+    finally:
+        process.kill()
 
 
 # -----------------------------------------------------------------------------
