@@ -198,6 +198,8 @@ class TrainConfig(Settings):
 
     tokens_per_iter: int = setting(65536, "tokens per iteration (the learning dial)", IntRange(2), group="Learning")
     max_iters: int = setting(30000, "iterations; each one is an optimizer update", IntRange(1))
+    hours: float | None = setting(None, "instead of --max-iters: as many iterations as fit this time, evaluations and "
+                                  "saves included", FloatRange(0, min_open=True))
     optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for embeddings and norms",
                              Choice(["adamw", "muon"]))
     learning_rate: float = setting(2e-3, "peak learning rate with --optimizer adamw", FloatRange(0, 10, min_open=True))

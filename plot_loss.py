@@ -100,10 +100,11 @@ def watch_runs(folders, redraw):
 
     Before the first loss it waits: train.py may have been started a moment ago.
     """
-    paths, seen, terminal = [folder / "metrics.jsonl" for folder in folders], None, sys.stdout.isatty()
+    seen, terminal = None, sys.stdout.isatty()
+    paths = [folder / name for folder in folders for name in ("metrics.jsonl", "config.json")]  # --hours changes both
     while True:
-        sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
-        if sizes != seen:
+        contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
+        if contents != seen:
             runs = list(map(RunMetrics, folders))
             if all(run.ended for run in runs):
                 return click.echo(nl=terminal and seen is not None)
@@ -115,7 +116,7 @@ def watch_runs(folders, redraw):
             if terminal:  # in place, and short enough not to scroll
                 line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
             click.echo(line, nl=not terminal)
-            seen = sizes
+            seen = contents
         time.sleep(WATCH_SECONDS)
 
 

@@ -33,7 +33,9 @@ from data import WORDS, Corpus, Validation, inflections, prepare_command, word_p
 from model import autocast, choose_device, choose_dtype, load_checkpoint, prepare_for_inference, save_checkpoint
 from train import StopRequest, estimate_loss, format_seconds, print0
 
-MAX_VAL_LOSS_RISE = 0.03  # nats: a model that has unlearned more than this to please the reward is not kept
+# A model that unlearned more than this to please the reward is not kept.
+MAX_VAL_LOSS_RISE = 0.03  # nats, of text without word prompts
+ENOUGH_ENDED = 0.99       # fraction of stories: one in a hundred that does not end is chance
 
 
 # -----------------------------------------------------------------------------
@@ -48,10 +50,7 @@ class Prompt:
 def word_prompts(stream, tokenizer, story_numbers, sources, rng):
     """Yield a Prompt for each of these stories that has enough content words: `sources` is [(words, how many)]."""
     for i in story_numbers:
-        text = tokenizer.decode(stream.story(i))
-        if text.startswith("Words: "):
-            text = text.partition("\n\n")[2]
-        in_text = set(WORDS.findall(text))
+        in_text = set(WORDS.findall(tokenizer.decode(stream.story(i))))
         found = [(sorted(in_text & words), count) for words, count in sources]
         if all(len(candidates) >= count for candidates, count in found):
             chosen = [str(word) for candidates, count in found for word in rng.choice(candidates, count, replace=False)]
@@ -260,7 +259,8 @@ def reinforce(model, checkpoint, corpus, config, stop):
     eval_prompts = held_out_prompts(corpus, known, held_out, config.eval_prompts, rng)
     prompts = training_prompts(corpus, known, config.prompts_per_iter, rng)
     usual = Usual.of(corpus.val, tokenizer)
-    validation = Validation(corpus, model.config.block_size, config.eval_tokens, align_stories=False)
+    aligned = checkpoint.get("train_config", {}).get("align_stories", False)
+    validation = Validation(corpus, model.config.block_size, config.eval_tokens, aligned)
     print0(f"{len(known):,} words to ask for, {len(held_out):,} held out for evaluation. A usual story has "
            f"{usual.length:.0f} tokens; {usual.repeated_4grams:.1%} of its 4-grams are repetitions.")
 
@@ -272,8 +272,9 @@ def reinforce(model, checkpoint, corpus, config, stop):
             result |= estimate_loss(model, validation, config.batch_size, device, dtype)
             model.eval()
             start = start or result
-            passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE and result["ended"] >= start["ended"]
-                      and result["repeated_4grams"] <= start["repeated_4grams"])
+            passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE
+                      and result["ended"] >= min(start["ended"], ENOUGH_ENDED)
+                      and result["repeated_4grams"] <= max(start["repeated_4grams"], usual.repeated_4grams))
             log(out_dir, iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
             print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
                    f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "

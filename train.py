@@ -35,13 +35,15 @@ from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cud
                    save_checkpoint)
 
 # Settings that may change with --resume; all others come from the checkpoint.
-RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "max_iters", "batch_size", "device", "dtype", "compile",
+RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "hours", "max_iters", "batch_size", "device", "dtype", "compile",
                      "activation_checkpointing", "log_interval", "eval_interval", "eval_tokens", "final_eval_tokens",
                      "sample_tokens", "save_minutes"}
 MANY_EPOCHS = 20            # beyond these a model of this size overfits
 COMPILE_MIN_ITERS = 500     # shorter runs do not regain the half minute that compiling takes
 MAX_CONSECUTIVE_SKIPS = 30
 PLAN_ITERS = 4
+LONG_FLOPS = 1e15           # runs of more than these floating-point operations could take a day on a slow device
+LONG_HOURS = 24             # before one that does, other commands are suggested
 
 # torchrun starts one process per GPU and numbers them; without it there is one.
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
@@ -243,7 +245,7 @@ def compile_model(run, batch_size):
     Whether to compile depends on the settings alone, so that a resumed run computes what an unbroken one does.
     """
     possible = run.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    auto = possible and run.config.max_iters >= COMPILE_MIN_ITERS
+    auto = possible and (run.config.hours or run.config.max_iters >= COMPILE_MIN_ITERS)
     if run.config.compile == "off" or run.config.compile == "auto" and not auto:
         return run.training_loss
     try:
@@ -259,6 +261,37 @@ def compile_model(run, batch_size):
 
 
 # -----------------------------------------------------------------------------
+# Time
+
+def measure_iteration(forward, batch_size, accum_steps, run):
+    """Seconds that an iteration takes, roughly: of one micro-batch and an update that changes nothing."""
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        try_iteration(forward, batch_size, run)
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize(run.device)
+    return (time.perf_counter() - started) * accum_steps
+
+
+def fit_hours(run, seconds_per_iter, pause, final_pause):
+    """Set max_iters to what fits into the rest of --hours, until the learning rate decays, which depends on it.
+
+    `pause` are the seconds of an evaluation with its save, `final_pause` those of the last one.
+    """
+    config, state = run.config, run.state
+    if state.iter and state.iter >= config.max_iters * (1 - config.decay_fraction):
+        return
+    left = 3600 * config.hours - state.elapsed - final_pause
+    iters = max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
+    if WORLD_SIZE > 1:  # all processes have to stop at the same iteration
+        iters = torch.tensor(iters, device=run.device)
+        dist.broadcast(iters, 0)
+        iters = iters.item()
+    warmup = config.warmup_iters if state.iter else min(config.warmup_iters, iters // 12)  # a tenth, and room for error
+    run.config = replace(config, max_iters=state.iter + iters, warmup_iters=warmup)
+
+
+# -----------------------------------------------------------------------------
 # The run: its state, its log, its checkpoints
 
 @dataclass
@@ -267,6 +300,7 @@ class TrainState:
 
     iter: int = 0
     seconds: float = 0.0  # spent training, without evaluations and saves
+    elapsed: float = 0.0  # spent since the first iteration began, with them
     loss_sum: float = 0.0  # of the iterations since the last log line
     loss_count: int = 0
     skipped: int = 0  # iterations whose update was skipped because the gradient was not finite
@@ -323,6 +357,9 @@ class Log:
                 raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then resume: "
                                 f"{command_line('train.py --resume', self.config.out_dir)}") from error
 
+    def set_config(self, config):
+        self.config, self.bar.total = config, config.max_iters
+
     def log_training(self, state, loss, lr, norm, scale, device):
         """Write and show one line about the iterations since the last one; returns their tokens per second."""
         iters, seconds = state.iter - self.last_logged[0], state.seconds - self.last_logged[1]
@@ -353,6 +390,8 @@ def format_count(number):
 
 def format_seconds(seconds):
     minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 72:
+        return f"{hours / 24:.0f} days"
     return f"{hours:.1f} h" if hours >= 1.5 else f"{minutes:.0f} min" if minutes >= 1.5 else f"{seconds:.0f} s"
 
 
@@ -403,6 +442,7 @@ class Run:
             raise UserError(nonfinite_message(self, "the last update made weights that are not finite"))
         if RANK > 0:
             return
+        self.write_config()
         checkpoint = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
                           teacher_sha256=self.teacher_sha256, state=asdict(self.state),
                           word_prompts=bool(self.corpus.meta["arguments"].get("word_prompts")))
@@ -411,6 +451,11 @@ class Run:
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                                rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, **checkpoint)
+
+    def write_config(self):
+        with atomic_write(self.out_dir / "config.json", "w") as file:
+            json.dump(dict(preset=self.preset, model=asdict(self.model.config), train=asdict(self.config)), file,
+                      indent=2)
 
     def evaluate(self, log, batch_size):
         """Log an evaluation, print a story, and save the weights as best.pt if they are the best so far."""
@@ -476,7 +521,6 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     """
     config, model, optimizer, scaler, device, state = (run.config, run.model, run.optimizer, run.scaler, run.device,
                                                        run.state)
-    log = Log(None if plan else run.out_dir / "metrics.jsonl", config, state)
     accum_steps = grad_accum_steps(config, model.config.block_size, batch_size)
     started = time.perf_counter()
     forward = compile_model(run, batch_size)
@@ -484,6 +528,13 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     loader = TrainLoader(run.corpus.train, model.config.block_size, config.seed, config.align_stories)
     batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
     x, y = next(batches)
+    seconds_per_iter = pause = final_pause = 0.0
+    if config.hours or 6 * model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
+        seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
+    if config.hours:
+        fit_hours(run, seconds_per_iter, pause, final_pause)
+    describe_plan(run, batch_size, seconds_per_iter)
+    log = Log(None if plan else run.out_dir / "metrics.jsonl", run.config, state)
     if RANK == 0 and not plan:
         prepare_out_dir(run, overwrite)
     if device.type == "cuda":
@@ -494,10 +545,11 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     # them, and one is too many.
     bad_iters, max_bad_iters = torch.zeros((), device=device), MAX_CONSECUTIVE_SKIPS if scaler.is_enabled() else 0
     first_iter, saved_at, stop_signal = state.iter, time.monotonic(), 0
+    began = saved_at - state.elapsed
 
     while True:
         # Evaluate and save
-        is_last = state.iter == config.max_iters and not plan
+        is_last = state.iter == run.config.max_iters and not plan
         eval_now = state.iter == 0 or state.iter > first_iter and (state.iter % config.eval_interval == 0 or is_last)
         save_now = state.iter > first_iter and (eval_now or stop_signal
                                                 or time.monotonic() - saved_at > 60 * config.save_minutes)
@@ -505,18 +557,27 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             state.loss_sum, state.skipped = loss_sum.item(), int(skipped)
             check_finite(run, state.loss_sum, bad_iters, max_bad_iters)
             state.seconds += time.perf_counter() - started
+            paused = time.monotonic()
+            state.elapsed = paused - began
             if eval_now:
                 run.evaluate(log, batch_size)
             if save_now:
                 run.save("ckpt.pt")
                 saved_at = time.monotonic()
+            if eval_now:
+                pause = time.monotonic() - paused
+                final_pause = pause * (1 + (config.final_eval_tokens or len(run.corpus.val))
+                                       / (config.eval_tokens or len(run.corpus.val)))
+            if state.iter == 0:
+                began = time.monotonic()
+            state.elapsed = time.monotonic() - began
             started = time.perf_counter()
         if is_last or stop_signal:
             log.bar.close()
             return 0 if is_last else stop_signal
 
         # One iteration: the gradients of all micro-batches, then one update
-        multiplier, iter_loss = lr_multiplier(state.iter, config), torch.zeros((), device=device)
+        multiplier, iter_loss = lr_multiplier(state.iter, run.config), torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
         with autocast(device, run.dtype):  # around all micro-batches, so that it converts the weights only once
@@ -545,7 +606,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
         stop.can_save = not plan
 
         # A line of the log
-        log_now = state.iter % config.log_interval == 0 or state.iter == config.max_iters
+        log_now = state.iter % config.log_interval == 0 or state.iter == run.config.max_iters
         if log_now:
             mean_loss, state.skipped = loss_sum.item() / state.loss_count, int(skipped)
             check_finite(run, mean_loss, bad_iters, max_bad_iters)
@@ -555,6 +616,10 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                                 device)
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
+            if config.hours:
+                state.elapsed = time.monotonic() - began
+                fit_hours(run, config.tokens_per_iter / rate, pause, final_pause)
+                log.set_config(run.config)
             if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
                 log.bar.close()
                 duration = format_seconds(config.max_iters * config.tokens_per_iter / rate)
@@ -640,15 +705,15 @@ def settings_for_resume(checkpoint, shape, preset, given, corpus, path):
     if checkpoint["corpus"] != corpus.fingerprint:
         raise UserError(f"{path} was trained on another corpus than that in {given.get('data_dir', config.data_dir)}: "
                         "pass its --data-dir, or start a new run in another --out-dir.")
-    return checkpoint["preset"], shape, replace(config, **only_fields(TrainConfig, given))
+    hours = dict(hours=None) if "max_iters" in given else {}
+    return checkpoint["preset"], shape, replace(config, **hours, **only_fields(TrainConfig, given))
 
 
 def describe(run, batch_size):
     """Print the facts of the run before it starts."""
     config, shape = run.config, run.model.config
-    text_tokens = len(run.corpus.train) // run.corpus.meta["arguments"].get("copies", 1)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    count, tokens = run.model.count_parameters(), config.max_iters * config.tokens_per_iter
+    count = run.model.count_parameters()
     print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), "
            f"{shape.position} positions, context {shape.block_size}, vocabulary {shape.vocab_size}.")
     if config.teacher:
@@ -658,14 +723,6 @@ def describe(run, batch_size):
            f"{' with a GradScaler' * run.scaler.is_enabled()}.")
     if run.device.type == "cpu" and cuda_hint():
         print0(f"Warning: {cuda_hint()}Training continues on the CPU, slowly.")
-    steps, epochs = grad_accum_steps(config, shape.block_size, batch_size), tokens / text_tokens
-    print0(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({steps} micro-batch"
-           f"{'es' * (steps > 1)} of {batch_size} x {shape.block_size}), {format_count(tokens)} tokens in total, "
-           f"{epochs:.2g} epochs of the {format_count(text_tokens)} training tokens in {config.data_dir}.")
-    if epochs > MANY_EPOCHS:
-        enough = max(1, round(MANY_EPOCHS * text_tokens / config.tokens_per_iter))
-        print0(f"Warning: beyond about {MANY_EPOCHS} epochs a model overfits. Prepare more text, or stop earlier: "
-               f"--max-iters {enough}")
     group = run.optimizer.param_groups[-1]
     rate = group["initial_lr"] * lr_multiplier(run.state.iter, config)
     if run.state.iter and rate > 2 * group["lr"]:  # a finished run is resumed with more iterations
@@ -673,14 +730,37 @@ def describe(run, batch_size):
                "loss.")
 
 
+def describe_plan(run, batch_size, seconds_per_iter):
+    """Print how much is going to be learned, and a warning where that is too much for the text or the time."""
+    config, state, block_size = run.config, run.state, run.model.config.block_size
+    text_tokens = len(run.corpus.train) // run.corpus.meta["arguments"].get("copies", 1)
+    tokens = config.max_iters * config.tokens_per_iter
+    steps, epochs = grad_accum_steps(config, block_size, batch_size), tokens / text_tokens
+    print0(f"Plan: {config.max_iters:,} iterations of {config.tokens_per_iter:,} tokens ({steps} micro-batch"
+           f"{'es' * (steps > 1)} of {batch_size} x {block_size}), {format_count(tokens)} tokens in total, "
+           f"{epochs:.2g} epochs of the {format_count(text_tokens)} training tokens in {config.data_dir}.")
+    if epochs > MANY_EPOCHS:
+        enough = max(1, round(MANY_EPOCHS * text_tokens / config.tokens_per_iter))
+        print0(f"Warning: beyond about {MANY_EPOCHS} epochs a model overfits. Prepare more text, or stop earlier: "
+               f"--max-iters {enough}")
+    seconds = (config.max_iters - state.iter) * seconds_per_iter
+    if config.hours:
+        late = state.elapsed + seconds - 3600 * config.hours
+        if late > 0.03 * 3600 * config.hours:
+            print0(f"Note: at the present speed the run ends about {format_seconds(late)} after its {config.hours:g} "
+                   "hours.")
+    elif seconds > 3600 * LONG_HOURS:
+        print0(f"Warning: on this device the run takes about {format_seconds(seconds)}. Stop it with Ctrl-C, and pass "
+               "the time that you have, such as --hours 8, or train a small model with --preset demo.")
+
+
 def prepare_out_dir(run, overwrite):
-    """Delete the run that is replaced, drop what was logged after the checkpoint, write config.json."""
+    """Delete the run that is replaced, and what was logged after the checkpoint; write config.json."""
     if overwrite:
         for name in ("ckpt.pt", "best.pt"):
             (run.out_dir / name).unlink(missing_ok=True)
     truncate_after(run.state.iter, run.out_dir / "metrics.jsonl")
-    with atomic_write(run.out_dir / "config.json", "w") as file:
-        json.dump(dict(preset=run.preset, model=asdict(run.model.config), train=asdict(run.config)), file, indent=2)
+    run.write_config()
 
 
 def truncate_after(it, path):
@@ -712,14 +792,18 @@ def out_of_memory_message(run, batch_size):
 @click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
 @click.option("--plan", is_flag=True,
               help="measure memory and speed in a few iterations, print how long the run would take, and exit")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), metavar="X", help="like --hours, in minutes")
 @setting_options(GPTConfig, TrainConfig)
-def main(preset, resume, init_from, overwrite, plan, **given):
+def main(preset, resume, init_from, overwrite, plan, minutes, **given):
     """Train a GPT on the corpus that preprocess.py prepared.
 
     Writes ckpt.pt (for --resume), best.pt (for chat.py), metrics.jsonl (for plot_loss.py) and config.json to --out-dir.
     Ctrl-C saves and stops. For several GPUs: torchrun --standalone --nproc-per-node=2 train.py
     """
+    given["hours"] = given["hours"] or (minutes and minutes / 60)
     given = {name: value for name, value in given.items() if value is not None}
+    if "hours" in given and "max_iters" in given:
+        raise click.UsageError("--hours and --minutes decide how many iterations there are: omit --max-iters.")
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     ckpt = out_dir / "ckpt.pt"
     if resume and (overwrite or init_from):
@@ -761,6 +845,9 @@ def main(preset, resume, init_from, overwrite, plan, **given):
                f"{command_line('train.py --resume', out_dir)}")
         sys.exit(128 + stop_signal)
     if not plan:
+        if run.config.hours:
+            print0(f"{run.config.max_iters:,} iterations took {format_seconds(run.state.elapsed)}. The same run without "
+                   f"a clock: --max-iters {run.config.max_iters} --warmup-iters {run.config.warmup_iters}")
         print0(f"Finished: best validation loss {run.state.best_val:.4f}. Talk to it: "
                f"{command_line('chat.py', out_dir)}\nSee its loss curve: {command_line('plot_loss.py', out_dir)}")
 
@@ -777,6 +864,9 @@ def open_run(preset, path, resume, given, plan):
         preset, shape, config = settings_for_init_from(checkpoint, model.config, preset, given, corpus, path)
     else:
         preset, shape, config = settings_for_new_run(preset, given, corpus)
+    if config.hours and config.schedule == "cosine":
+        raise UserError("--hours needs a learning rate that does not depend on the end from the start: omit --schedule "
+                        "cosine.")
     muon = config.optimizer == "muon"
     refuse_without_effect(given, {
         "learning_rate": (muon, "with --optimizer muon: use --muon-learning-rate and --embedding-learning-rate"),

@@ -40,7 +40,7 @@ TINY = GPTConfig(block_size=8, vocab_size=260, n_layer=1, n_head=2, n_embd=16, i
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=32, block_size=32, tokens_per_iter=128, batch_size=2,
              max_iters=12, eval_interval=5, eval_tokens=400, final_eval_tokens=400, log_interval=3, sample_tokens=5,
              dropout=0.2, device="cpu")
-TIMING = {"seconds", "tokens_per_second", "peak_memory_mib"}
+TIMING = {"seconds", "elapsed", "tokens_per_second", "peak_memory_mib"}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes under /proc")
 
@@ -480,6 +480,99 @@ def test_seconds_count_training_alone_and_tokens_per_second_are_those_of_the_las
     assert all(row["seconds"] == row["iter"] * (row["iter"] + 1) / 2 for row in metrics(tmp_path))
     rates = {3: 3 * 128 / (1 + 2 + 3), 6: 3 * 128 / (4 + 5 + 6), 9: 2 * 128 / (8 + 9), 12: 3 * 128 / (10 + 11 + 12)}
     assert {row["iter"]: row["tokens_per_second"] for row in training_lines(tmp_path)} == pytest.approx(rates, abs=0.5)
+
+
+class Machine:
+    """One on which iterations, evaluations and saves take the seconds that a test says, by a clock of its own."""
+
+    def __init__(self, monkeypatch, iteration=1.0, evaluation=4.0, save=2.0):
+        self.clock, self.iteration, self.began = Clock(), iteration, None
+        monkeypatch.setattr(train, "time", self.clock)
+        monkeypatch.setattr(train, "estimate_loss", self.takes(lambda *args: evaluation, train.estimate_loss))
+        monkeypatch.setattr(train.Run, "save", self.takes(lambda *args, **kwargs: save, train.Run.save))
+        monkeypatch.setattr(MuonAdamW, "step", self.takes(lambda *args: self.iteration, MuonAdamW.step))
+
+    def takes(self, seconds, real):
+        def slow(*args, **kwargs):
+            self.clock.now += seconds(*args, **kwargs)
+            return real(*args, **kwargs)
+        return slow
+
+
+TIMED = dict(max_iters=None, minutes=10, log_interval=5, eval_interval=20, sample_tokens=0)
+
+
+def took(output):
+    """(iterations, seconds) of the run that printed this."""
+    iters, minutes = re.search(r"([\d,]+) iterations took (\d+) min", output).groups()
+    return int(iters.replace(",", "")), 60 * int(minutes)
+
+
+def test_a_run_with_a_time_ends_with_it_evaluations_and_saves_included(data, tmp_path, monkeypatch):
+    machine = Machine(monkeypatch)
+    output = run_train(data, tmp_path, **TIMED)
+    elapsed, iters = saved(tmp_path)["state"]["elapsed"], saved(tmp_path)["state"]["iter"]
+    assert 600 - 12 < elapsed + 2 + 2 * 4 + 2 <= 600, "with the last evaluation, over two sets of tokens, and two saves"
+    assert took(output) == (iters, 600) and 400 < iters < 600
+    rates = [row["lr"] for row in training_lines(tmp_path)]
+    assert rates[-1] < 0.02 * max(rates), "the learning rate has decayed"
+    assert machine.clock.now > 600, "the start and the evaluation at 0 are not counted"
+
+
+@pytest.mark.parametrize("change", [2.0, 0.5])
+def test_a_speed_that_changes_before_the_decay_changes_the_iterations_and_not_the_time(data, tmp_path, monkeypatch,
+                                                                                      change):
+    machine = Machine(monkeypatch)
+
+    def slower(optimizer, n):
+        machine.iteration = change if n > 100 else 1.0
+    at_each_step(monkeypatch, slower)
+    iters, seconds = took(run_train(data, tmp_path, **TIMED))
+    assert seconds == 600 and (iters < 400 if change > 1 else iters > 500)
+
+
+def test_a_run_with_a_time_is_repeated_by_the_iterations_that_it_prints(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        Machine(patch)
+        output = run_train(data, tmp_path / "timed", **TIMED | dict(minutes=3))
+    flags = re.search(r"without a clock: (.*)", output)[1].split()
+    command([*arguments(data, tmp_path / "again", **TIMED | dict(minutes=None)), *flags])
+    assert same(saved(tmp_path / "timed")["model"], saved(tmp_path / "again")["model"])
+
+
+@pytest.mark.parametrize("stop", [50, 350])
+def test_a_run_with_a_time_that_is_stopped_and_resumed_ends_with_it_too(data, tmp_path, monkeypatch, stop):
+    Machine(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        run_train(data, tmp_path, **TIMED, expect=130)
+    assert took(resume(tmp_path))[1] == 600
+
+
+def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, monkeypatch):
+    machine = Machine(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 350)
+        run_train(data, tmp_path, **TIMED, expect=130)
+    machine.iteration = 5.0
+    assert re.search(r"the run ends about \d+ min after its 0.166667 hours", resume(tmp_path))
+
+
+def test_a_time_is_refused_with_what_contradicts_it(data, tmp_path):
+    assert "omit --max-iters" in run_train(data, tmp_path, hours=1, expect=2)
+    assert "omit --schedule cosine" in run_train(data, tmp_path, hours=1, max_iters=None, schedule="cosine", expect=1)
+    assert not list(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_run_of_more_than_a_day_says_so_before_it_starts(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LONG_FLOPS", 0)
+    monkeypatch.setattr(train, "measure_iteration", lambda *args: 3600.0)
+    warning = "Warning: on this device the run takes about"
+    assert warning not in run_train(data, tmp_path / "short", max_iters=12)
+    stop_at(monkeypatch, 1)
+    output = run_train(data, tmp_path / "long", max_iters=240, expect=130)
+    assert f"{warning} 10 days" in output and "--hours 8" in output
+    assert output.index(warning) < output.index("iter 0:")
 
 
 def test_a_run_is_saved_every_save_minutes_at_each_evaluation_and_at_the_end(data, tmp_path, monkeypatch):
@@ -1179,7 +1272,7 @@ def test_a_plan_measures_a_few_iterations_and_writes_nothing(data, tmp_path, mon
     monkeypatch.setattr(train, "time", clock)
     at_each_step(monkeypatch, lambda optimizer, n: seen.append(n) or setattr(clock, "now", clock.now + 1))
     output = run_train(data, tmp_path / "out", plan=True, max_iters=1_000_000)
-    assert len(seen) == 8 and "Measured: 128 tokens/s, so 1,000,000 iterations take 277.8 h" in output
+    assert len(seen) == 8 and "Measured: 128 tokens/s, so 1,000,000 iterations take 12 days" in output
     assert "2 micro-batches of 2 x 32" in output and "128.00M tokens in total" in output
     assert not (tmp_path / "out").exists()
     run_train(data, tmp_path / "run", max_iters=5)

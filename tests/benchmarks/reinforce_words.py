@@ -113,8 +113,9 @@ def main(data_dir, before, after, plain, count, seed, device, memory_gib, json_p
     common.print_row(TITLES, WIDTHS)
     losses = {}
     for when, path in (("before", before), ("after", after)):
-        model = load_checkpoint(path)[0].to(device)
-        validation = Validation(corpus, model.config.block_size, 0, align_stories=False)
+        model, checkpoint = load_checkpoint(path)
+        aligned = checkpoint.get("train_config", {}).get("align_stories", False)
+        validation = Validation(corpus, model.to(device).config.block_size, 0, aligned)
         losses[when] = estimate_loss(model, validation, 64, device, dtype)
         model.eval()
         prepare_for_inference(model, device, dtype if device.type == "cuda" else torch.float32)
