@@ -226,7 +226,8 @@ class TrainConfig(Settings):
 
     batch_size: int | str = setting(32, "sequences per forward pass (the memory dial: halve it when memory runs out; "
                                     "learning stays the same), or auto", IntOrAuto(), group="Memory and speed")
-    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING, metavar="NAME")
+    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING,
+                          metavar="NAME")
     dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
                          Choice(["auto", "float32", "float16", "bfloat16"]))
     compile: str = setting("auto", "torch.compile; auto: on CUDA with Triton, for runs of 500 iterations or more",
@@ -286,7 +287,8 @@ class ReinforceConfig(Settings):
 
     batch_size: int = setting(64, "stories per forward pass of the update (the memory dial)", IntRange(1),
                               group="Memory and speed")
-    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING, metavar="NAME")
+    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING,
+                          metavar="NAME")
     dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
                          Choice(["auto", "float32", "float16", "bfloat16"]))
 

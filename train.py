@@ -282,13 +282,16 @@ def fit_hours(run, seconds_per_iter, pause, final_pause):
     if state.iter and state.iter >= config.max_iters * (1 - config.decay_fraction):
         return
     left = 3600 * config.hours - state.elapsed - final_pause
-    iters = max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
+    max_iters = state.iter + max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
+    if state.iter:  # the decay begins now at the earliest, as in a run that knows max_iters
+        max_iters = max(max_iters, math.ceil(state.iter / (1 - config.decay_fraction)))
     if WORLD_SIZE > 1:  # all processes have to stop at the same iteration
-        iters = torch.tensor(iters, device=run.device)
-        dist.broadcast(iters, 0)
-        iters = iters.item()
-    warmup = config.warmup_iters if state.iter else min(config.warmup_iters, iters // 12)  # a tenth, and room for error
-    run.config = replace(config, max_iters=state.iter + iters, warmup_iters=warmup)
+        agreed = torch.tensor(max_iters, device=run.device)
+        dist.broadcast(agreed, 0)
+        max_iters = agreed.item()
+    # half of the tenth that lr_multiplier allows: there may turn out to be fewer iterations
+    warmup = config.warmup_iters if state.iter else min(config.warmup_iters, max_iters // 20)
+    run.config = replace(config, max_iters=max_iters, warmup_iters=warmup)
 
 
 # -----------------------------------------------------------------------------
@@ -846,8 +849,9 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
         sys.exit(128 + stop_signal)
     if not plan:
         if run.config.hours:
-            print0(f"{run.config.max_iters:,} iterations took {format_seconds(run.state.elapsed)}. The same run without "
-                   f"a clock: --max-iters {run.config.max_iters} --warmup-iters {run.config.warmup_iters}")
+            config = run.config
+            print0(f"{config.max_iters:,} iterations took {format_seconds(run.state.elapsed)}. The same run without a "
+                   f"clock: --max-iters {config.max_iters} --warmup-iters {config.warmup_iters}")
         print0(f"Finished: best validation loss {run.state.best_val:.4f}. Talk to it: "
                f"{command_line('chat.py', out_dir)}\nSee its loss curve: {command_line('plot_loss.py', out_dir)}")
 

@@ -407,11 +407,10 @@ def test_a_run_that_has_ended_is_drawn_once_without_a_pause(tmp_path, watch):
 
 
 def test_watching_waits_for_the_first_loss_of_each_run(tmp_path, watch):
-    early, late = tmp_path / "early", tmp_path / "late"
+    early, late = write_run(tmp_path / "early", [], end="", train={"max_iters": 10}), tmp_path / "late"
     last = train_line(10, 5.0), val_line(10, 4.0)
-    result, pictures = watch([
-        lambda: write_run(early, [], end="", train={"max_iters": 10}), write_more(early, val_line(0, 6.2)),
-        write_more(early, *last), nothing, lambda: write_run(late, last, train={"max_iters": 10})], late, early)
+    result, pictures = watch([nothing, write_more(early, val_line(0, 6.2)), write_more(early, *last), nothing,
+                              lambda: write_run(late, last, train={"max_iters": 10})], late, early)
     assert result.exit_code == 0 and pictures == [[0], [10], [10, 10]] and result.stderr == ""
     assert result.output.startswith(f"Waiting for the first loss (Ctrl-C exits): {late}, {early}\nIteration 0 ")
 

@@ -41,9 +41,10 @@ def folders(tmp_path_factory):
     commands = [(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", 2, "--sample-rate", 0.5,
                                    "--word-prompts", 0.8, "--copies", 2, "--data-dir", data]),
                 (train.main, ["--data-dir", data, "--out-dir", out, "--n-layer", 1, "--n-head", 2, "--n-embd", 16,
-                              "--intermediate-size", 32, "--block-size", 96, "--tokens-per-iter", 768, "--batch-size", 8,
-                              "--max-iters", 12, "--eval-interval", 12, "--eval-tokens", 400, "--final-eval-tokens", 400,
-                              "--sample-tokens", 0, "--position", "rotary", "--dropout", 0.5, "--device", "cpu"])]
+                              "--intermediate-size", 32, "--block-size", 96, "--position", "rotary", "--dropout", 0.5,
+                              "--tokens-per-iter", 768, "--batch-size", 8, "--max-iters", 12, "--eval-interval", 12,
+                              "--eval-tokens", 400, "--final-eval-tokens", 400, "--sample-tokens", 0, "--device",
+                              "cpu"])]
     for main, words in commands:
         result = CliRunner().invoke(main, list(map(str, words)))
         assert result.exit_code == 0, result.output
@@ -75,8 +76,8 @@ def metrics(out):
 # -----------------------------------------------------------------------------
 # The reward
 
-STORY = ("One day Tim saw a fox in the garden. It had a red umbrella because of the clouds. Soon they were friends, and "
-         "all of them went home to eat soup.")
+STORY = ("One day Tim saw a fox in the garden. It had a red umbrella because of the clouds. Soon they were friends, "
+         "and all of them went home to eat soup.")
 
 
 def reward(text, words=("fox", "umbrella", "rain"), length=60, ended=True):
@@ -179,12 +180,12 @@ def random_stories(model, rows=6, length=12):
 
 
 def updated(model, batch_size, advantage, **settings):
-    config = ReinforceConfig(batch_size=batch_size, grad_clip=0, **settings)
+    config = ReinforceConfig(batch_size=batch_size, **dict(grad_clip=0) | settings)
     learner, start = (load(model) for _ in range(2))
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    reinforce.update(learner, start, optimizer, scaler, random_stories(model), np.array(advantage, dtype=np.float32), 10,
-                     config, torch.float32)
+    advantage = np.array(advantage, dtype=np.float32)
+    reinforce.update(learner, start, optimizer, scaler, random_stories(model), advantage, 10, config, torch.float32)
     return learner
 
 
@@ -207,6 +208,12 @@ def test_an_update_makes_stories_above_the_mean_more_likely_and_those_below_less
 
 def test_stories_of_equal_reward_teach_nothing(model):
     assert all(torch.equal(a, b) for a, b in zip(updated(model, 6, [0] * 6).parameters(), model.parameters()))
+
+
+def test_gradients_are_clipped_to_their_norm(model):
+    clipped = updated(model, 6, [9, 9, 9, -9, -9, -9], grad_clip=1e-3)
+    moved = sum(((a - b) ** 2).sum() for a, b in zip(clipped.parameters(), model.parameters(), strict=True)) ** 0.5
+    assert 0 < moved.item() <= 1.01e-5, "at a learning rate of 0.01"
 
 
 def test_the_micro_batch_changes_nothing_that_is_learned(model):
@@ -248,6 +255,10 @@ def test_a_model_learns_to_write_what_is_rewarded(folders, tmp_path, monkeypatch
         "--warmup-iters", 0, "--eval-interval", 16)
     rewards = [row["reward"] for row in metrics(tmp_path) if "reward" in row]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
+    assert [row["lr"] for row in metrics(tmp_path) if "lr" in row] == pytest.approx(
+        [0.03 * (1 - it / 16) for it in range(16)])
+    divergences = [row["kl"] for row in metrics(tmp_path) if "kl" in row]
+    assert abs(divergences[0]) < 1e-6 < 1e-3 < divergences[-1], "from the model that it started from"
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(folders, tmp_path):
@@ -298,7 +309,8 @@ def test_ctrl_c_keeps_the_best_so_far_and_ends(folders, tmp_path, monkeypatch):
     def update(*args):
         signal.raise_signal(signal.SIGINT)
         return real(*args)
-    monkeypatch.setattr(reinforce, "update", lambda *args: update(*args) if len(metrics(tmp_path)) == 3 else real(*args))
+    monkeypatch.setattr(reinforce, "update",
+                        lambda *args: update(*args) if len(metrics(tmp_path)) == 3 else real(*args))
     output = run(folders, tmp_path, "--max-iters", 9, expect=130)
     assert "Best: held-out words used" in output and metrics(tmp_path)[-1]["iter"] == 3
     assert "words_used" in metrics(tmp_path)[-1] and (tmp_path / "best.pt").exists()
