@@ -106,12 +106,15 @@ def test_nothing_starts_near_the_deadline_and_what_starts_is_told_the_time_left(
 # -----------------------------------------------------------------------------
 # The studies
 
-def test_a_real_run_gives_a_row_and_keeps_its_log_but_no_weights(data, tmp_path):
+def test_a_real_run_gives_a_row_and_keeps_its_log_and_until_the_end_its_best_weights(data, tmp_path):
     study = studies.Study("real", {}, tmp_path, "on", 600, True, [], 32768)
     row = study.run("run", str(data), 12, 2)
     assert row["iterations"] == 12 and row["tokens"] == 12 * 512 and 2 < row["final_bpb"] < 5
     assert "cpu" in row["device"] and not row["compile_failed"] and 0 < row["epochs"] < 1
-    assert {path.name for path in (tmp_path / "real" / "run").iterdir()} == {"config.json", "metrics.jsonl", "lock"}
+    log = {"config.json", "metrics.jsonl", "lock"}
+    assert {path.name for path in (tmp_path / "real" / "run").iterdir()} == log | {"best.pt"}, "a teacher, perhaps"
+    study.finish(None)
+    assert {path.name for path in (tmp_path / "real" / "run").iterdir()} == log
     assert row["command"].startswith("python train.py --") and settings_of(row["command"].split()[2:])
 
 

@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import click
 import pytest
-from click import BOOL, STRING, Choice
+from click import BOOL, STRING, Choice, FloatRange
 from click.testing import CliRunner
 from conftest import ROOT
 
@@ -55,7 +55,8 @@ def another(f):
         return next(choice for choice in kind.choices if choice != default)
     if kind is STRING:
         return "my own/folder"
-    if isinstance(default, float):
+    if isinstance(default, float) or isinstance(kind, FloatRange):
+        default = default or 0.0
         return max(float(kind.min), default / 2 or 0.5)
     return (default or 600) // 2 or 2
 

@@ -222,7 +222,6 @@ def test_loss_is_the_mean_over_the_positions_that_are_predicted():
         assert len(expected) == 16 and net(idx, targets).item() == pytest.approx(sum(expected) / 16, rel=1e-6)
 
 
-@pytest.mark.parametrize("half", ["autocast", "weights"])
 def student_and_teacher():
     return awake(replace(TINY, dropout=0.5)), awake(replace(TINY, n_layer=1, dropout=0.5), seed=1)
 
@@ -253,6 +252,7 @@ def test_a_teacher_predicts_without_dropout_and_does_not_learn():
     assert all(weight.grad is not None for weight in student.parameters())
 
 
+@pytest.mark.parametrize("half", ["autocast", "weights"])
 def test_in_half_precision_the_logits_are_rounded_and_the_loss_is_taken_in_float32(half):
     net, idx, targets = awake(TINY), tokens(2, 12), tokens(2, 12, seed=2)
     if half == "weights":

@@ -499,7 +499,7 @@ class Machine:
         return slow
 
 
-TIMED = dict(max_iters=None, minutes=3, log_interval=5, eval_interval=20, sample_tokens=0)
+TIMED = dict(max_iters=None, minutes=2, log_interval=5, eval_interval=20, sample_tokens=0)
 
 
 def took(output):
@@ -512,10 +512,10 @@ def test_a_run_with_a_time_ends_with_it_evaluations_and_saves_included(data, tmp
     machine = Machine(monkeypatch)
     output = run_train(data, tmp_path, **TIMED)
     elapsed, iters = saved(tmp_path)["state"]["elapsed"], saved(tmp_path)["state"]["iter"]
-    assert 180 - 12 < elapsed + 2 + 2 * 4 + 2 <= 180, "with the last evaluation, over two sets of tokens, and two saves"
-    assert took(output) == (iters, 180) and 100 < iters < 180
+    assert 120 - 12 < elapsed + 2 + 2 * 4 + 2 <= 120, "with the last evaluation, over two sets of tokens, and two saves"
+    assert took(output) == (iters, 120) and 60 < iters < 120
     rates = [row["lr"] for row in training_lines(tmp_path)]
-    assert rates[-1] < 0.05 * max(rates), "the learning rate has decayed"
+    assert rates[-1] < 0.1 * max(rates), "the learning rate has decayed"
     assert machine.clock.now - (elapsed + 12) == pytest.approx(6, abs=2), "the start, the evaluation at 0: not counted"
 
 
@@ -525,10 +525,10 @@ def test_a_speed_that_changes_before_the_decay_changes_the_iterations_and_not_th
     machine = Machine(monkeypatch)
 
     def slower(optimizer, n):
-        machine.iteration = change if n > 30 else 1.0
+        machine.iteration = change if n > 20 else 1.0
     at_each_step(monkeypatch, slower)
     iters, seconds = took(run_train(data, tmp_path, **TIMED))
-    assert seconds == 180 and (iters < 100 if change > 1 else iters > 150)
+    assert seconds == 120 and (iters < 65 if change > 1 else iters > 95)
 
 
 def test_a_run_with_a_time_is_repeated_by_the_iterations_that_it_prints(data, tmp_path, monkeypatch):
@@ -540,22 +540,23 @@ def test_a_run_with_a_time_is_repeated_by_the_iterations_that_it_prints(data, tm
     assert same(saved(tmp_path / "timed")["model"], saved(tmp_path / "again")["model"])
 
 
-@pytest.mark.parametrize("stop", [30, 110])
+@pytest.mark.parametrize("stop", [20, 70])
 def test_a_run_with_a_time_that_is_stopped_and_resumed_ends_with_it_too(data, tmp_path, monkeypatch, stop):
     Machine(monkeypatch)
     with monkeypatch.context() as patch:
         stop_at(patch, stop)
         run_train(data, tmp_path, **TIMED, expect=130)
-    assert took(resume(tmp_path))[1] == 180
+    assert took(resume(tmp_path))[1] == 120
 
 
 def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, monkeypatch):
     machine = Machine(monkeypatch)
     with monkeypatch.context() as patch:
-        stop_at(patch, 110)
+        stop_at(patch, 70)
         run_train(data, tmp_path, **TIMED, expect=130)
     machine.iteration = 5.0
-    assert re.search(r"the run ends about \d+ min after its 0.05 hours", resume(tmp_path))
+    output = resume(tmp_path)
+    assert re.search(r"the run ends about \d+ (s|min) after its 0.0333333 hours", output), output
 
 
 def test_a_time_is_refused_with_what_contradicts_it(data, tmp_path):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--intermediate-size", "32", "--block-size", "32",
         "--tokens-per-iter", "128", "--batch-size", "2", "--log-interval", "3", "--eval-tokens", "300",
         "--final-eval-tokens", "300", "--sample-tokens", "5", "--dropout", "0.2", "--device", "cpu", "--compile", "off"]
-TIMING = {"seconds", "tokens_per_second"}
+TIMING = {"seconds", "elapsed", "tokens_per_second"}
 PLACES = {"data_dir", "out_dir"}
 
 # Importing torch takes seconds: a server imports everything once, and each process of ours is a fresh fork of it.
@@ -75,7 +75,7 @@ class Program:
 
 
 def another_system():
-    """Make the process one with a console that is not UTF-8, without fork and without a temporary folder."""
+    """Make the process one whose locale is not UTF-8, without fork and without a temporary folder."""
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="cp1252", closefd=False) for n in (1, 2))
     multiprocessing.set_start_method("spawn", force=True)
     vars(os).pop("fork", None)
