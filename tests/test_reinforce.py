@@ -19,7 +19,6 @@ from config import GPTConfig, ReinforceConfig, SampleConfig
 from data import WORDS, Corpus, word_prompt
 from model import GPT, load_checkpoint, save_checkpoint
 
-CPU = torch.device("cpu")
 FREE = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)
 USUAL = reinforce.Usual(length=60, repeated_4grams=0.01)
 FEW = ["--prompts-per-iter", 2, "--group-size", 3, "--eval-prompts", 4, "--eval-tokens", 400, "--device", "cpu"]
@@ -334,13 +333,16 @@ def test_the_benchmark_compares_both_models_and_the_best_of_8_with_standard_erro
     assert figures["losses"]["before"] == figures["losses"]["after"]
 
 
-def test_what_cannot_work_is_refused_with_what_to_type(folders, tmp_path, data):
+def test_what_cannot_work_is_refused_with_what_to_type(folders, tmp_path):
     run(folders, tmp_path / "rl", "--max-iters", 1)
     before = (tmp_path / "rl" / "metrics.jsonl").read_bytes()
     assert "--overwrite replaces it" in run(folders, tmp_path / "rl", expect=1)
     assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == before
     assert "would be replaced: pass another --out-dir" in run(folders, folders[1], "--overwrite", expect=1)
-    assert "--word-prompts 0.8" in run((data, folders[1]), tmp_path / "new", expect=1)
+    plain = shutil.copytree(folders[0], tmp_path / "plain")
+    meta = json.loads((plain / "meta.json").read_text(encoding="utf-8"))
+    (plain / "meta.json").write_text(json.dumps({name: meta[name] for name in meta if "words" not in name}))
+    assert "--word-prompts 0.8" in run((plain, folders[1]), tmp_path / "new", expect=1)
     other = tmp_path / "other"
     shutil.copytree(folders[1], other)
     model, checkpoint = load_checkpoint(other / "best.pt")
