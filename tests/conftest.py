@@ -15,6 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+SLOW_FILES = ["test_train.py", "test_preprocess.py", "test_chat.py", "test_torture.py", "test_model.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that the processes end at about the same time."""
+    items.sort(key=lambda item: (item.path.name not in SLOW_FILES, item.path.name in SLOW_FILES
+                                 and SLOW_FILES.index(item.path.name)))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A prepared corpus: a few hundred stories of the built-in grammar."""
