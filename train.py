@@ -625,9 +625,9 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                 log.set_config(run.config)
             if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
                 log.bar.close()
-                duration = format_seconds(config.max_iters * config.tokens_per_iter / rate)
-                print0(f"Measured: {format_count(rate)} tokens/s, so {config.max_iters:,} iterations take {duration} "
-                       "plus evaluations. Nothing was saved.")
+                iters = run.config.max_iters
+                print0(f"Measured: {format_count(rate)} tokens/s, so {iters:,} iterations take "
+                       f"{format_seconds(iters * config.tokens_per_iter / rate)} plus evaluations. Nothing was saved.")
                 return 0
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
