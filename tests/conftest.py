@@ -1,6 +1,7 @@
 """What several test files share: the repository on the import path, one thread, a prepared corpus."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,8 +21,17 @@ SLOW_FILES = ["test_train.py", "test_preprocess.py", "test_chat.py", "test_tortu
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the processes end at about the same time."""
-    items.sort(key=lambda item: (item.path.name not in SLOW_FILES, item.path.name in SLOW_FILES
-                                 and SLOW_FILES.index(item.path.name)))
+    order = {name: i for i, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture
+def signals():
+    """A run in this process takes the signals over; give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Nothing is lost, nothing goes wrong silently: short forms of tests/torture, and the conditions of other systems."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import harness  # noqa: E402
 import kill  # noqa: E402
 import save_storm  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("signals")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of Unix")
 RUN = [*harness.TINY, "--eval-interval", "2", "--max-iters"]
 
@@ -34,15 +34,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torture")
     call(preprocess, harness.preparation(harness.write_tales(folder / "tales.txt"), folder / "data"))
     return folder / "data"
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes the signals over; give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def call(script, arguments, codes=(0,)):
