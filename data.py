@@ -13,7 +13,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from config import IGNORE_INDEX, CorpusConfig, UserError, flag, quoted
+from config import IGNORE_INDEX, CorpusConfig, UserError, atomic_write, flag, quoted
 
 SPACE_MARK = "\u2581"  # SentencePiece's spelling of a space; where a text contains it, it is spelled in bytes
 MAX_CHARS = 1 << 14  # longest text that SentencePiece gets at once: at most 65,536 bytes
@@ -217,6 +217,11 @@ def read_json(path):
         return value if isinstance(value, dict) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def write_json(path, value):
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
 
 
 def prepare_command(data_dir, arguments=None):

@@ -347,15 +347,20 @@ def capture_graph(run):
     return graph
 
 
+def move_weights(model, device, dtype):
+    """Move a model to its device and round its weights to `dtype`."""
+    model.to(device)
+    for weight in model.parameters():  # not model.to(dtype): the rotary tables stay float32
+        weight.data = weight.data.to(dtype)
+
+
 def prepare_for_inference(model, device, dtype):
     """Move a model that will only generate to its device, with its weights rounded to `dtype`.
 
     On a CPU the weights stay float32 for prompts and batches; for a single row DecodeStep reads half-precision copies,
     which are half as much to read. One row times a matrix is fastest when the matrix lies column by column.
     """
-    model.to(device)
-    for weight in model.parameters():  # not model.to(dtype): the rotary tables stay float32
-        weight.data = weight.data.to(dtype)
+    move_weights(model, device, dtype)
     if device.type == "cpu":
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and dtype is not torch.float32:

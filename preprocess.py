@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from config import (CONTEXT_SETTINGS, PRESETS, Command, CorpusConfig, UserError, atomic_write, flag, folder_lock,
                     only_fields, refuse_without_effect, replace_file, setting_options, short_message, wrapped)
-from data import WORDS, Corpus, Tokenizer, chunks, read_json, word_prompt
+from data import WORDS, Corpus, Tokenizer, chunks, read_json, word_prompt, write_json
 
 PARTS = 50                          # the corpus is cut into this many equal parts ("files"), one shard each
 SEPARATOR = "<|endoftext|>"         # between the stories of a text file, as in TinyStoriesV2-GPT4-train.txt
@@ -658,11 +658,6 @@ def changes(existing, arguments):
     if not words and differ:
         words = [f"other contents in the files of {'--dataset' if 'files_sha256' in differ else '--tokenizer'}"]
     return ", ".join(words)
-
-
-def write_json(path, value):
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
 
 
 def open_partial(config, arguments, overwrite, commit):

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import copy
 import itertools
-import json
 import math
 import sys
 import time
@@ -27,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import (CONTEXT_SETTINGS, Command, ReinforceConfig, SampleConfig, UserError, atomic_write, folder_lock,
-                    only_fields, quoted, setting_options)
-from data import WORDS, Corpus, Validation, inflections, prepare_command, word_prompt, words_used
+from config import (CONTEXT_SETTINGS, Command, ReinforceConfig, SampleConfig, UserError, folder_lock, only_fields,
+                    quoted, setting_options)
+from data import WORDS, Corpus, Validation, inflections, prepare_command, word_prompt, words_used, write_json
 from model import autocast, choose_device, choose_dtype, load_checkpoint, prepare_for_inference, save_checkpoint
-from train import StopRequest, estimate_loss, format_seconds, print0
+from train import MetricsFile, StopRequest, estimate_loss, format_seconds, print0, refuse_other_tokenizer
 
 # A model that unlearned more than this to please the reward is not kept.
 MAX_VAL_LOSS_RISE = 0.03  # nats, of text without word prompts
@@ -76,6 +75,14 @@ def held_out_prompts(corpus, known_words, held_out_words, count, rng):
     if not prompts:
         raise UserError("no validation story has three content words to ask for: prepare more text.")
     return prompts
+
+
+def equally_long(prompts):
+    """The prompts in groups of equally many tokens."""
+    by_length = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt.ids), []).append(prompt)
+    return by_length.values()
 
 
 # -----------------------------------------------------------------------------
@@ -230,12 +237,9 @@ def describe_stories(stories):
 
 def evaluate(model, prompts, tokenizer, sampling, seed):
     """describe_stories of one story per prompt, always with the same random numbers."""
-    by_length, parts = {}, []
-    for prompt in prompts:
-        by_length.setdefault(len(prompt.ids), []).append(prompt)
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    for group in by_length.values():
-        parts.append((len(group), describe_stories(write_stories(model, group, tokenizer, sampling, generator))))
+    parts = [(len(group), describe_stories(write_stories(model, group, tokenizer, sampling, generator)))
+             for group in equally_long(prompts)]
     return {name: sum(count * part[name] for count, part in parts) / len(prompts) for name in parts[0][1]}
 
 
@@ -264,6 +268,7 @@ def reinforce(model, checkpoint, corpus, config, stop):
     print0(f"{len(known):,} words to ask for, {len(held_out):,} held out for evaluation. A usual story has "
            f"{usual.length:.0f} tokens; {usual.repeated_4grams:.1%} of its 4-grams are repetitions.")
 
+    metrics = MetricsFile(out_dir / "metrics.jsonl", "rerun the same command with --overwrite.")
     start, best, seconds, tokens = None, None, 0.0, 0
     for it in range(config.max_iters + 1):
         # Evaluate, and keep the best that passes the gates
@@ -275,7 +280,7 @@ def reinforce(model, checkpoint, corpus, config, stop):
             passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE
                       and result["ended"] >= min(start["ended"], ENOUGH_ENDED)
                       and result["repeated_4grams"] <= max(start["repeated_4grams"], usual.repeated_4grams))
-            log(out_dir, iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
+            metrics.write(iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
             print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
                    f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "
                    f"{result['val_loss']:.4f}{'' if passed else ' (not kept: worse than the start)'}")
@@ -301,9 +306,9 @@ def reinforce(model, checkpoint, corpus, config, stop):
         # A line of the log
         seconds, tokens = seconds + time.perf_counter() - started, tokens + int(stories.written.sum())
         facts = describe_stories(stories)
-        log(out_dir, iter=it + 1, tokens=tokens, seconds=round(seconds, 3), reward=float(reward.mean()), kl=kl,
-            lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
-            **{f"train_{name}": value for name, value in facts.items()})
+        metrics.write(iter=it + 1, tokens=tokens, seconds=round(seconds, 3), reward=float(reward.mean()), kl=kl,
+                      lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                      **{f"train_{name}": value for name, value in facts.items()})
         left = format_seconds(seconds / (it + 1) * (config.max_iters - it - 1))
         print0(f"iter {it + 1}/{config.max_iters}: reward {reward.mean():.3f}, words used {facts['words_used']:.1%}, "
                f"KL {kl:.4f} per token, {facts['story_tokens']:.0f} tokens, gradient {norm:.2f}, {left} left")
@@ -312,11 +317,6 @@ def reinforce(model, checkpoint, corpus, config, stop):
 def lr_multiplier(it, config):
     """Linear warmup, then linear to 0."""
     return min((it + 1) / (config.warmup_iters + 1), 1 - it / config.max_iters)
-
-
-def log(out_dir, **values):
-    with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
 
 
 # -----------------------------------------------------------------------------
@@ -339,9 +339,7 @@ def main(init_from, overwrite, **given):
         arguments = corpus.meta["arguments"] | dict(word_prompts=0.8)
         raise UserError(f"the corpus in {config.data_dir} was prepared without word prompts: run "
                         f"{prepare_command(config.data_dir, arguments)} --overwrite, and train a model on it.")
-    if checkpoint["tokenizer"] != corpus.tokenizer.model_bytes:
-        raise UserError(f"{init_from} has another tokenizer than the corpus in {config.data_dir}: pass the --data-dir "
-                        "that it was trained on.")
+    refuse_other_tokenizer(checkpoint, corpus, init_from, config.data_dir)
     if init_from.resolve().parent == out_dir.resolve():
         raise UserError(f"{init_from} would be replaced: pass another --out-dir.")
     with folder_lock(out_dir):
@@ -349,9 +347,8 @@ def main(init_from, overwrite, **given):
             raise UserError(f"{out_dir} already contains a run: --overwrite replaces it, another --out-dir keeps both.")
         for name in ("best.pt", "ckpt.pt", "metrics.jsonl"):
             (out_dir / name).unlink(missing_ok=True)
-        with atomic_write(out_dir / "config.json", "w") as file:
-            json.dump(dict(preset=checkpoint.get("preset"), model=asdict(model.config), reinforce=asdict(config)), file,
-                      indent=2)
+        write_json(out_dir / "config.json",
+                   dict(preset=checkpoint.get("preset"), model=asdict(model.config), reinforce=asdict(config)))
         kept = {name: checkpoint[name] for name in ("preset", "train_config", "corpus", "state", "word_prompts")
                 if name in checkpoint}
         stop = StopRequest()

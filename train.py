@@ -30,8 +30,8 @@ from tqdm import tqdm
 from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig, SampleConfig, TrainConfig, UserError,
                     atomic_write, flag, folder_lock, only_fields, quoted, refuse_without_effect, setting_options,
                     short_message, wrapped)
-from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command
-from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint,
+from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command, write_json
+from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, move_weights,
                    save_checkpoint)
 
 # Settings that may change with --resume; all others come from the checkpoint.
@@ -273,14 +273,15 @@ def measure_iteration(forward, batch_size, accum_steps, run):
     return (time.perf_counter() - started) * accum_steps
 
 
-def fit_hours(run, seconds_per_iter, pause, final_pause):
+def fit_hours(run, seconds_per_iter, pause):
     """Set max_iters to what fits into the rest of --hours, until the learning rate decays, which depends on it.
 
-    `pause` are the seconds of an evaluation with its save, `final_pause` those of the last one.
+    `pause` are the seconds of an evaluation with its save; the last one reads other tokens besides.
     """
-    config, state = run.config, run.state
+    config, state, val_tokens = run.config, run.state, len(run.corpus.val)
     if state.iter and state.iter >= config.max_iters * (1 - config.decay_fraction):
         return
+    final_pause = pause * (1 + (config.final_eval_tokens or val_tokens) / (config.eval_tokens or val_tokens))
     left = 3600 * config.hours - state.elapsed - final_pause
     max_iters = state.iter + max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
     if state.iter:  # the decay begins now at the earliest, as in a run that knows max_iters
@@ -332,33 +333,44 @@ class StopRequest:
             os.write(2, f"\n{text}\n".encode())  # print and tqdm.write must not interrupt themselves
 
 
+class MetricsFile:
+    """metrics.jsonl: an object per line, in which a value that is not finite is null."""
+
+    def __init__(self, path, next_step):
+        """`next_step`: what to type once a full disk has space again."""
+        self.path, self.next_step, self.unwritten = path, next_step, ""
+
+    def write(self, **row):
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in row.items()}
+        self.unwritten += json.dumps(row) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except PermissionError:
+            pass  # Windows, while another program has the file open: written together with the next line
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then "
+                            f"{self.next_step}") from error
+
+
 class Log:
     """metrics.jsonl, and a log line for the user: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, path, config, state):
         """`path` None: nothing is written."""
-        self.path, self.config, self.unwritten = path if RANK == 0 else None, config, ""
+        next_step = f"resume: {command_line('train.py --resume', config.out_dir)}"
+        self.metrics = MetricsFile(path, next_step) if path and RANK == 0 else None
+        self.config = config
         self.last_logged, self.first_logged = (state.iter, state.seconds), None
         self.bar = tqdm(total=config.max_iters, initial=state.iter, disable=None if RANK == 0 else True, leave=False,
                         dynamic_ncols=True, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
 
     def write(self, state, **values):
-        """Append one line to metrics.jsonl; a value that is not finite becomes null."""
-        values = dict(iter=state.iter, tokens=state.iter * self.config.tokens_per_iter,
-                      seconds=round(state.seconds, 3)) | values
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-               for key, value in values.items()}
-        if self.path:
-            self.unwritten += json.dumps(row) + "\n"
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(self.unwritten)
-                self.unwritten = ""
-            except PermissionError:
-                pass  # Windows, while another program has the file open: written together with the next line
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then resume: "
-                                f"{command_line('train.py --resume', self.config.out_dir)}") from error
+        if self.metrics:
+            at = dict(iter=state.iter, tokens=state.iter * self.config.tokens_per_iter, seconds=round(state.seconds, 3))
+            self.metrics.write(**at | values)
 
     def set_config(self, config):
         self.config, self.bar.total = config, config.max_iters
@@ -414,9 +426,7 @@ class Run:
         self.model.activation_checkpointing = config.activation_checkpointing
         self.teacher_sha256 = teacher_sha256
         if teacher:
-            teacher.requires_grad_(False).to(self.device)
-            for weight in teacher.parameters():  # not teacher.to(dtype): the rotary tables stay float32
-                weight.data = weight.data.to(self.dtype)
+            move_weights(teacher.requires_grad_(False), self.device, self.dtype)
         self.training_loss = TrainingLoss(self.model, teacher, config.teacher_weight)
         self.optimizer = configure_optimizer(self.model, config)
         # Small float16 gradients would underflow without loss scaling; bfloat16 and float32 need none.
@@ -445,7 +455,8 @@ class Run:
             raise UserError(nonfinite_message(self, "the last update made weights that are not finite"))
         if RANK > 0:
             return
-        self.write_config()
+        if self.config.hours:  # max_iters has changed
+            self.write_config()
         checkpoint = dict(preset=self.preset, train_config=asdict(self.config), corpus=self.corpus.fingerprint,
                           teacher_sha256=self.teacher_sha256, state=asdict(self.state),
                           word_prompts=bool(self.corpus.meta["arguments"].get("word_prompts")))
@@ -456,9 +467,8 @@ class Run:
         save_checkpoint(self.out_dir / name, self.model, self.corpus.tokenizer.model_bytes, **checkpoint)
 
     def write_config(self):
-        with atomic_write(self.out_dir / "config.json", "w") as file:
-            json.dump(dict(preset=self.preset, model=asdict(self.model.config), train=asdict(self.config)), file,
-                      indent=2)
+        write_json(self.out_dir / "config.json",
+                   dict(preset=self.preset, model=asdict(self.model.config), train=asdict(self.config)))
 
     def evaluate(self, log, batch_size):
         """Log an evaluation, print a story, and save the weights as best.pt if they are the best so far."""
@@ -531,11 +541,11 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     loader = TrainLoader(run.corpus.train, model.config.block_size, config.seed, config.align_stories)
     batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
     x, y = next(batches)
-    seconds_per_iter = pause = final_pause = 0.0
+    seconds_per_iter = pause = 0.0
     if config.hours or 6 * model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
         seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
     if config.hours:
-        fit_hours(run, seconds_per_iter, pause, final_pause)
+        fit_hours(run, seconds_per_iter, pause)
     describe_plan(run, batch_size, seconds_per_iter)
     log = Log(None if plan else run.out_dir / "metrics.jsonl", run.config, state)
     if RANK == 0 and not plan:
@@ -569,8 +579,6 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                 saved_at = time.monotonic()
             if eval_now:
                 pause = time.monotonic() - paused
-                final_pause = pause * (1 + (config.final_eval_tokens or len(run.corpus.val))
-                                       / (config.eval_tokens or len(run.corpus.val)))
             if state.iter == 0:
                 began = time.monotonic()
             state.elapsed = time.monotonic() - began
@@ -621,7 +629,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             state.loss_sum, state.loss_count = 0.0, 0
             if config.hours:
                 state.elapsed = time.monotonic() - began
-                fit_hours(run, config.tokens_per_iter / rate, pause, final_pause)
+                fit_hours(run, config.tokens_per_iter / rate, pause)
                 log.set_config(run.config)
             if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
                 log.bar.close()
@@ -803,7 +811,7 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
     Writes ckpt.pt (for --resume), best.pt (for chat.py), metrics.jsonl (for plot_loss.py) and config.json to --out-dir.
     Ctrl-C saves and stops. For several GPUs: torchrun --standalone --nproc-per-node=2 train.py
     """
-    given["hours"] = given["hours"] or (minutes and minutes / 60)
+    given["hours"] = (given["hours"] or 0) + (minutes or 0) / 60 or None
     given = {name: value for name, value in given.items() if value is not None}
     if "hours" in given and "max_iters" in given:
         raise click.UsageError("--hours and --minutes decide how many iterations there are: omit --max-iters.")

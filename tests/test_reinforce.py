@@ -19,18 +19,10 @@ from config import GPTConfig, ReinforceConfig, SampleConfig
 from data import WORDS, Corpus, word_prompt
 from model import GPT, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("signals")
 FREE = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)
 USUAL = reinforce.Usual(length=60, repeated_4grams=0.01)
 FEW = ["--prompts-per-iter", 2, "--group-size", 3, "--eval-prompts", 4, "--eval-tokens", 400, "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes the signals over; give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

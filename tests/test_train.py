@@ -40,18 +40,10 @@ TINY = GPTConfig(block_size=8, vocab_size=260, n_layer=1, n_head=2, n_embd=16, i
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=32, block_size=32, tokens_per_iter=128, batch_size=2,
              max_iters=12, eval_interval=5, eval_tokens=400, final_eval_tokens=400, log_interval=3, sample_tokens=5,
              dropout=0.2, device="cpu")
+pytestmark = pytest.mark.usefixtures("signals")
 TIMING = {"seconds", "elapsed", "tokens_per_second", "peak_memory_mib"}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes under /proc")
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes the signals over; give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -557,6 +549,11 @@ def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, mon
     machine.iteration = 5.0
     output = resume(tmp_path)
     assert re.search(r"the run ends about \d+ (s|min) after its 0.0333333 hours", output), output
+
+
+def test_hours_and_minutes_add_up(data, tmp_path, monkeypatch):
+    Machine(monkeypatch)
+    assert took(run_train(data, tmp_path, **TIMED | dict(minutes=1, hours=1 / 60)))[1] == 120
 
 
 def test_a_time_is_refused_with_what_contradicts_it(data, tmp_path):
