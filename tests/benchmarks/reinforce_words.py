@@ -31,18 +31,15 @@ SAMPLINGS = {"temperature 1": FREE, "chat's defaults": SampleConfig()}
 
 
 def write(model, prompts, tokenizer, sampling, samples, seed, rows=512):
-    """`samples` reinforce.Stories-like records (words, text, length, ended) for each prompt, in groups of equal length."""
-    generator, found = torch.Generator(model.wte.weight.device).manual_seed(seed), {}
-    by_length = {}
-    for number, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt.ids), []).extend([(number, prompt)] * samples)
-    for group in by_length.values():
-        for i in range(0, len(group), rows):
-            part = group[i:i + rows]
-            stories = reinforce.write_stories(model, [prompt for _, prompt in part], tokenizer, sampling, generator)
-            for (number, _), *story in zip(part, stories.words, stories.texts, stories.lengths, stories.ended):
-                found.setdefault(number, []).append(story)
-    return [found[number] for number in range(len(prompts))]
+    """For each prompt `samples` stories (words, text, length, ended)."""
+    generator, found = torch.Generator(model.wte.weight.device).manual_seed(seed), []
+    for group in reinforce.equally_long(prompts):
+        for i in range(0, len(group), rows // samples):
+            part = [prompt for prompt in group[i:i + rows // samples] for _ in range(samples)]
+            stories = reinforce.write_stories(model, part, tokenizer, sampling, generator)
+            records = list(zip(stories.words, stories.texts, stories.lengths, stories.ended))
+            found += [records[j:j + samples] for j in range(0, len(records), samples)]
+    return found
 
 
 @torch.no_grad()

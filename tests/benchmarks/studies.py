@@ -19,12 +19,10 @@ from pathlib import Path
 import click
 import common
 
-from config import TrainConfig
-
 TINY_SCALE = 64  # --tiny divides the tokens of an iteration by this, and those of a run by its square
 SECONDS_LEFT = 20  # for a table and a picture after the last run
 PROBE_ITERS = 60
-SPEED_ITERS = 200
+SPEED_ITERS = 400
 
 
 # -----------------------------------------------------------------------------
@@ -73,16 +71,15 @@ class Study:
     def iterations(self, tokens):
         return max(1, round(tokens / (TINY_SCALE**2 if self.tiny else 1) / self.tokens_per_iter))
 
-    def run(self, name, data_dir, iterations, evaluations, *flags, tokens_per_iter=None):
+    def run(self, name, data_dir, iterations, evaluations, *flags):
         """The row of one whole run of train.py, evaluated about this many times. A micro-batch is an iteration.
 
         Of its checkpoints best.pt stays until finish(): it may be the teacher of a later run.
         """
         folder, flags = self.folder / name, [*(common.TINY if self.tiny else []), *flags]
-        tokens_per_iter = tokens_per_iter or self.tokens_per_iter
         block_size = max([int(size) for name, size in zip(flags, flags[1:]) if name == "--block-size"][-1:] or [256])
-        flags += ["--data-dir", data_dir, "--tokens-per-iter", str(tokens_per_iter), "--batch-size",
-                  str(max(1, tokens_per_iter // block_size)), "--max-iters", str(iterations), "--eval-interval",
+        flags += ["--data-dir", data_dir, "--tokens-per-iter", str(self.tokens_per_iter), "--batch-size",
+                  str(max(1, self.tokens_per_iter // block_size)), "--max-iters", str(iterations), "--eval-interval",
                   str(max(1, round(iterations / evaluations))), *self.flags, "--overwrite"]
         row = dict(name=name, command=shlex.join(["python", "train.py", *flags, "--out-dir", str(folder)]))
         row |= self.clock.timed(common.run_train, flags, folder, memory_gib=self.memory_gib)
@@ -320,14 +317,13 @@ def teacher(data_dir, small_data_dir, budget, jobs, **given):
         "4-epochs-taught": (epochs, 0, "4-epochs", llama),
     }
 
-    def run(name, iterations, evaluations, folder, dropout, teacher, flags, **options):
+    def run(name, iterations, evaluations, folder, dropout, teacher, flags):
         teaching = ["--teacher", str(study.folder / teacher / "best.pt"), "--seed", "1"] if teacher else []
         return dict(teacher=teacher) | study.run(name, folder, iterations, evaluations, "--dropout", str(dropout),
-                                                 *flags, *teaching, **options)
+                                                 *flags, *teaching)
 
-    for name, of in (("speed", None), ("speed-taught", "speed")):  # iterations of the default size keep the GPU busy
-        options = {} if study.tiny else dict(tokens_per_iter=TrainConfig.tokens_per_iter)
-        study.keep(run(name, 4 if study.tiny else SPEED_ITERS, 1, data_dir, 0.1, of, llama, **options))
+    for name, of in (("speed", None), ("speed-taught", "speed")):
+        study.keep(run(name, 4 if study.tiny else SPEED_ITERS, 1, data_dir, 0.1, of, llama))
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         rows = {}
 
