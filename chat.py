@@ -27,7 +27,8 @@ import torch
 from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields,
                     refuse_without_effect, setting_options, wrapped)
 from data import CONTROL_CHARACTERS, WORDS, Tokenizer, word_prompt, words_used
-from model import choose_device, choose_dtype, find_checkpoint, load_checkpoint, prepare_for_inference
+from model import (choose_device, choose_dtype, find_checkpoint, load_checkpoint, out_of_memory_advice,
+                   prepare_for_inference)
 
 WELCOME = """\
 The model continues text; it does not answer questions.
@@ -88,15 +89,11 @@ class LoadedModel:
         """Yield the next token of each of `count` continuations of the prompt `ids`, as a list; -1: it has ended."""
         idx = torch.tensor([ids], device=self.device).expand(count, -1)
         generator = torch.Generator(self.device).manual_seed(seed)
-        try:
+        advice = f"--num-samples {count // 2}" if count > 1 else "--device cpu"
+        with out_of_memory_advice(lambda: f"out of memory on {self.device}: use {advice}."):
             for step in self.model.generate(idx, sampling, self.tokenizer.eos_id, generator):
                 yield step.tolist()
             yield [-1] * count  # the model leaves out the step in which its last row ends
-        except RuntimeError as error:
-            if not re.search("out of memory|to allocate", str(error)):  # only CUDA has a class of its own for it
-                raise
-            advice = f"--num-samples {count // 2}" if count > 1 else "--device cpu"
-            raise UserError(f"out of memory on {self.device}: use {advice}.") from error
 
 
 class Reply:

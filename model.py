@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size
 
 import contextlib
 import math
+import re
 import shutil
 import zipfile
 from dataclasses import asdict
@@ -523,6 +524,17 @@ def choose_device(name="auto"):
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)  # graphs and streams are made on the current device
     return probe.device
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(advice):
+    """UserError with the text of the function `advice` where memory runs out; only CUDA has an error class for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|to allocate", str(error)):
+            raise
+        raise UserError(advice()) from error
 
 
 def cuda_hint():

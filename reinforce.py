@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from config import (CONTEXT_SETTINGS, Command, ReinforceConfig, SampleConfig, UserError, folder_lock, only_fields,
                     quoted, setting_options)
 from data import WORDS, Corpus, Validation, inflections, prepare_command, word_prompt, words_used, write_json
-from model import autocast, choose_device, choose_dtype, load_checkpoint, prepare_for_inference, save_checkpoint
+from model import (autocast, choose_device, choose_dtype, load_checkpoint, out_of_memory_advice, prepare_for_inference,
+                   save_checkpoint)
 from train import MetricsFile, StopRequest, estimate_loss, format_seconds, print0, refuse_other_tokenizer
 
 # A model that unlearned more than this to please the reward is not kept.
@@ -352,11 +353,9 @@ def main(init_from, overwrite, **given):
         kept = {name: checkpoint[name] for name in ("preset", "train_config", "corpus", "state", "word_prompts")
                 if name in checkpoint}
         stop = StopRequest()
-        try:
+        with out_of_memory_advice(lambda: f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, "
+                                  "or with fewer --prompts-per-iter."):
             start, best = reinforce(model, kept, corpus, config, stop)
-        except torch.OutOfMemoryError:
-            raise UserError(f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, or with fewer "
-                            "--prompts-per-iter.") from None
     print0(f"Best: held-out words used {best['words_used']:.1%} at iteration {best['iter']}, at the start "
            f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} "
            '--words "fox, garden, rain"')

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,7 @@ from config import (CONTEXT_SETTINGS, IGNORE_INDEX, PRESETS, Command, GPTConfig,
                     short_message, wrapped)
 from data import CONTROL_CHARACTERS, Corpus, TrainLoader, Validation, prepare_command, write_json
 from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cuda_hint, load_checkpoint, move_weights,
-                   save_checkpoint)
+                   out_of_memory_advice, save_checkpoint)
 
 # Settings that may change with --resume; all others come from the checkpoint.
 RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "hours", "max_iters", "batch_size", "device", "dtype", "compile",
@@ -42,6 +43,7 @@ MANY_EPOCHS = 20            # beyond these a model of this size overfits
 COMPILE_MIN_ITERS = 500     # shorter runs do not regain the half minute that compiling takes
 MAX_CONSECUTIVE_SKIPS = 30
 PLAN_ITERS = 4
+MEASURE_SECONDS = 2         # of a speed, at least
 LONG_FLOPS = 1e15           # runs of more than these floating-point operations could take a day on a slow device
 LONG_HOURS = 24             # before one that does, other commands are suggested
 
@@ -189,18 +191,17 @@ def grad_accum_steps(config, block_size, batch_size):
                     f"of {batch_size} x {block_size}{gpus}): use {hint}--tokens-per-iter {max(1, steps) * tokens}")
 
 
-def try_iteration(forward, batch_size, run):
-    """Peak bytes of an iteration of one micro-batch of random tokens, whose update is skipped: nothing changes."""
+def try_iteration(forward, batch_size, run, micro_steps=1):
+    """Peak bytes of an iteration on random tokens, whose update is skipped: nothing changes."""
     config, device, cuda = run.model.config, run.device, run.device.type == "cuda"
     if cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         with torch.random.fork_rng(devices=[device] if cuda else []):
             ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
             with autocast(device, run.dtype):
-                loss, _ = forward(ids[:, :-1], ids[:, 1:])
-            run.scaler.scale(loss).backward()
+                for _ in range(micro_steps):
+                    run.scaler.scale(forward(ids[:, :-1], ids[:, 1:])[0]).backward()
         run.optimizer.found_inf = torch.ones((), device=device)
         run.optimizer.step()
         return torch.cuda.max_memory_allocated(device) if cuda else 0
@@ -222,6 +223,7 @@ def find_batch_size(run):
     room = 0.9 * min(free + torch.cuda.memory_reserved(run.device), limit)
     best, peak = sizes[0], 0
     for size in sizes:
+        torch.cuda.empty_cache()
         fixed = torch.cuda.memory_allocated(run.device)
         if fixed + (peak - fixed) * size / best > room:
             break
@@ -264,13 +266,19 @@ def compile_model(run, batch_size):
 # Time
 
 def measure_iteration(forward, batch_size, accum_steps, run):
-    """Seconds that an iteration takes, roughly: of one micro-batch and an update that changes nothing."""
-    for _ in range(2):  # the first one warms up
+    """Seconds that an iteration takes, measured on some that change nothing."""
+    def seconds(micro_steps):
         started = time.perf_counter()
-        try_iteration(forward, batch_size, run)
+        try_iteration(forward, batch_size, run, micro_steps)
         if run.device.type != "cpu":
             torch.accelerator.synchronize(run.device)
-    return (time.perf_counter() - started) * accum_steps
+        return time.perf_counter() - started
+
+    seconds(1)  # warms up
+    one, two = seconds(1), seconds(2)
+    if one * accum_steps < MEASURE_SECONDS:
+        return statistics.median(seconds(accum_steps) for _ in range(5))
+    return one + (accum_steps - 1) * (two - one)
 
 
 def fit_hours(run, seconds_per_iter, pause):
@@ -379,7 +387,7 @@ class Log:
         """Write and show one line about the iterations since the last one; returns their tokens per second."""
         iters, seconds = state.iter - self.last_logged[0], state.seconds - self.last_logged[1]
         rate = iters * self.config.tokens_per_iter / max(seconds, 1e-9)
-        memory = round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
+        memory = peak_memory_mib(device)
         self.write(state, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
         self.last_logged = state.iter, state.seconds
@@ -530,13 +538,14 @@ def cannot_resume(path, reason, data_dir):
 def train(run, batch_size, stop, overwrite=False, plan=False):
     """Train until max_iters or a request to stop; returns the signal that asked for it, or 0.
 
-    With `plan` nothing is written: it ends after PLAN_ITERS iterations to warm up and as many to measure.
+    With `plan` nothing is written: it ends after PLAN_ITERS iterations to warm up and as many, or more, to measure.
     """
     config, model, optimizer, scaler, device, state = (run.config, run.model, run.optimizer, run.scaler, run.device,
                                                        run.state)
     accum_steps = grad_accum_steps(config, model.config.block_size, batch_size)
     started = time.perf_counter()
     forward = compile_model(run, batch_size)
+    is_compiled = forward is not run.training_loss
     forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
     loader = TrainLoader(run.corpus.train, model.config.block_size, config.seed, config.align_stories)
     batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
@@ -573,6 +582,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             paused = time.monotonic()
             state.elapsed = paused - began
             if eval_now:
+                log.bar.set_description_str("evaluating")
                 run.evaluate(log, batch_size)
             if save_now:
                 run.save("ckpt.pt")
@@ -627,16 +637,17 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                                 device)
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
-            if config.hours:
+            if config.hours and state.iter - first_iter > config.log_interval:  # the first line contains the warmup
                 state.elapsed = time.monotonic() - began
                 fit_hours(run, config.tokens_per_iter / rate, pause)
                 log.set_config(run.config)
-            if plan and state.iter - first_iter >= 2 * PLAN_ITERS:
-                log.bar.close()
-                iters = run.config.max_iters
-                print0(f"Measured: {format_count(rate)} tokens/s, so {iters:,} iterations take "
-                       f"{format_seconds(iters * config.tokens_per_iter / rate)} plus evaluations. Nothing was saved.")
-                return 0
+            if plan:
+                warm_since, warm_iter = log.first_logged
+                iters, seconds = state.iter - warm_iter, time.monotonic() - warm_since
+                if iters and seconds > MEASURE_SECONDS:
+                    log.bar.close()
+                    describe_measured(run, iters * config.tokens_per_iter / seconds, batch_size, is_compiled)
+                    return 0
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
         elif log_now:  # all processes have to stop at the same iteration
@@ -720,17 +731,27 @@ def settings_for_resume(checkpoint, shape, preset, given, corpus, path):
     return checkpoint["preset"], shape, replace(config, **hours, **only_fields(TrainConfig, given))
 
 
+def device_name(device):
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+
+
+def peak_memory_mib(device):
+    return round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
+
+
 def describe(run, batch_size):
     """Print the facts of the run before it starts."""
     config, shape = run.config, run.model.config
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     count = run.model.count_parameters()
     print0(f"Model: {run.preset}, {count / 1e6:.2f} M parameters ({count * 4 / 2**20:.1f} MiB in float32), "
            f"{shape.position} positions, context {shape.block_size}, vocabulary {shape.vocab_size}.")
     if config.teacher:
         print0(f"Teacher: {config.teacher}, {run.training_loss.teacher.count_parameters() / 1e6:.2f} M parameters, "
                f"weight {config.teacher_weight:g}. The loss shown is that of the text alone.")
-    print0(f"Device: {run.device} ({name}), {str(run.dtype).removeprefix('torch.')}"
+    print0(f"Device: {run.device} ({device_name(run.device)}), {str(run.dtype).removeprefix('torch.')}"
            f"{' with a GradScaler' * run.scaler.is_enabled()}.")
     if run.device.type == "cpu" and cuda_hint():
         print0(f"Warning: {cuda_hint()}Training continues on the CPU, slowly.")
@@ -758,11 +779,22 @@ def describe_plan(run, batch_size, seconds_per_iter):
     if config.hours:
         late = state.elapsed + seconds - 3600 * config.hours
         if late > 0.03 * 3600 * config.hours:
-            print0(f"Note: at the present speed the run ends about {format_seconds(late)} after its {config.hours:g} "
-                   "hours.")
+            print0(f"Note: at the present speed the run ends about {format_seconds(late)} after its "
+                   f"{format_seconds(3600 * config.hours)}.")
     elif seconds > 3600 * LONG_HOURS:
         print0(f"Warning: on this device the run takes about {format_seconds(seconds)}. Stop it with Ctrl-C, and pass "
                "the time that you have, such as --hours 8, or train a small model with --preset demo.")
+
+
+def describe_measured(run, rate, batch_size, is_compiled):
+    """Print what --plan found out, and last a line that compares machines."""
+    iters, memory = run.config.max_iters, peak_memory_mib(run.device)
+    print0(f"Measured: {format_count(rate)} tokens/s, so {iters:,} iterations take "
+           f"{format_seconds(iters * run.config.tokens_per_iter / rate)} plus evaluations. Nothing was saved.")
+    print0(f"To compare: {run.preset}, {device_name(run.device)}, torch {torch.__version__}, "
+           f"{str(run.dtype).removeprefix('torch.')}, {'' if is_compiled else 'not '}compiled, micro-batches of "
+           f"{batch_size} x {run.model.config.block_size}: {format_count(rate)} tokens/s"
+           f"{f', {memory:,} MiB' if memory else ''}")
 
 
 def prepare_out_dir(run, overwrite):
@@ -830,16 +862,14 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
             advice = "--resume continues it, " if ckpt.exists() else ""
             raise UserError(f"{out_dir} already contains a run: {advice}--overwrite replaces it, and another --out-dir "
                             "keeps both.")
-        try:
+        with out_of_memory_advice(lambda: "the model does not fit into the free memory of the device: close other "
+                                  "programs that use it and rerun, or choose another --device."):
             run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
-        except torch.OutOfMemoryError:
-            raise UserError("the model does not fit into the free memory of the device: close other programs that use "
-                            "it and rerun, or choose another --device.") from None
         if run.state.iter >= run.config.max_iters:
             raise UserError(f"the run in {out_dir} has finished its {run.state.iter} iterations: talk to it with "
                             f"`{command_line('chat.py', out_dir)}`, or continue with a larger --max-iters.")
         stop, batch_size = StopRequest(), run.config.batch_size
-        try:
+        with out_of_memory_advice(lambda: out_of_memory_message(run, batch_size)):
             if batch_size == "auto":
                 batch_size = find_batch_size(run)
                 print0(f"--batch-size auto: micro-batches of {batch_size} fit.")
@@ -847,8 +877,6 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
             if resume and "eval_tokens" in given:
                 run.remeasure_best(batch_size)
             stop_signal = train(run, batch_size, stop, overwrite, plan)
-        except torch.OutOfMemoryError:
-            raise UserError(out_of_memory_message(run, batch_size)) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if stop_signal:

@@ -40,7 +40,7 @@ TINY = GPTConfig(block_size=8, vocab_size=260, n_layer=1, n_head=2, n_embd=16, i
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, intermediate_size=32, block_size=32, tokens_per_iter=128, batch_size=2,
              max_iters=12, eval_interval=5, eval_tokens=400, final_eval_tokens=400, log_interval=3, sample_tokens=5,
              dropout=0.2, device="cpu")
-pytestmark = pytest.mark.usefixtures("signals")
+pytestmark = pytest.mark.usefixtures("signals", "quick_measurements")
 TIMING = {"seconds", "elapsed", "tokens_per_second", "peak_memory_mib"}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes under /proc")
@@ -56,6 +56,11 @@ def arguments(data, out, **settings):
     settings = SMALL | dict(data_dir=data, out_dir=out) | settings
     return [word for name, value in settings.items() if value is not None
             for word in ([train.flag(name)] if value is True else [train.flag(name), str(value)])]
+
+
+@pytest.fixture
+def quick_measurements(monkeypatch):
+    monkeypatch.setattr(train, "MEASURE_SECONDS", 0)
 
 
 def command(words, expect=0):
@@ -533,12 +538,15 @@ def test_a_run_with_a_time_is_repeated_by_the_iterations_that_it_prints(data, tm
 
 
 @pytest.mark.parametrize("stop", [20, 70])
-def test_a_run_with_a_time_that_is_stopped_and_resumed_ends_with_it_too(data, tmp_path, monkeypatch, stop):
-    Machine(monkeypatch)
+@pytest.mark.parametrize("compiling", [0, 60])
+def test_a_run_with_a_time_that_is_stopped_and_resumed_ends_with_it_too(data, tmp_path, monkeypatch, stop, compiling):
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(train, "compile_model", machine.takes(lambda *args: compiling, train.compile_model))
     with monkeypatch.context() as patch:
         stop_at(patch, stop)
         run_train(data, tmp_path, **TIMED, expect=130)
     assert took(resume(tmp_path))[1] == 120
+    assert saved(tmp_path)["state"]["elapsed"] + 12 > 120 - 12, "with the last evaluation and saves, not before"
 
 
 def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, monkeypatch):
@@ -548,7 +556,7 @@ def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, mon
         run_train(data, tmp_path, **TIMED, expect=130)
     machine.iteration = 5.0
     output = resume(tmp_path)
-    assert re.search(r"the run ends about \d+ (s|min) after its 0.0333333 hours", output), output
+    assert re.search(r"the run ends about \d+ (s|min) after its 2 min\.", output), output
 
 
 def test_hours_and_minutes_add_up(data, tmp_path, monkeypatch):

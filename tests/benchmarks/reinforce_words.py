@@ -16,7 +16,7 @@ import click
 import common
 import numpy as np
 import torch
-from text_quality import distinct, split_words
+from text_quality import distinct, grammatical, split_words
 
 import reinforce
 from config import SampleConfig
@@ -24,8 +24,9 @@ from data import Corpus, Validation, word_prompt, words_used
 from model import choose_device, choose_dtype, load_checkpoint, prepare_for_inference
 from train import estimate_loss
 
-WIDTHS = (34, 13, 13, 13, 9, 15, 11, 15)
-TITLES = ("stories", "words used", "all three", "ended", "tokens", "repeated 4-gr.", "3-grams", "bits per byte")
+WIDTHS = (34, 13, 13, 13, 9, 15, 11, 15, 13)
+TITLES = ("stories", "words used", "all three", "ended", "tokens", "repeated 4-gr.", "3-grams", "bits per byte",
+          "grammatical")
 FREE = SampleConfig(temperature=1.0, top_k=0, repetition_penalty=1.0)
 SAMPLINGS = {"temperature 1": FREE, "chat's defaults": SampleConfig()}
 
@@ -52,13 +53,16 @@ def bits_per_byte(plain, text, ended, tokenizer, device):
     return nats / math.log(2) / max(1, len(tokenizer.decode(ids).encode()))
 
 
-def figures(stories, plain, tokenizer, device):
+def figures(stories, plain, tokenizer, device, built_in):
     """{title: (mean, standard error)} of one story (words, text, length, ended) per prompt."""
     used = [len(words_used(words, text)) / len(words) for words, text, _, _ in stories]
     columns = [used, [share == 1 for share in used], [ended for *_, ended in stories],
                [length for _, _, length, _ in stories], [reinforce.repeated_4grams(text) for _, text, _, _ in stories]]
     result = {title: (float(np.mean(column)), float(np.std(column) / len(stories) ** 0.5))
               for title, column in zip(TITLES[1:], columns)}
+    if built_in:
+        valid = [grammatical(text) for _, text, _, _ in stories]
+        result["grammatical"] = (float(np.mean(valid)), float(np.std(valid) / len(stories) ** 0.5))
     result["3-grams"] = (distinct([split_words(text) for _, text, _, _ in stories], 3, 50 * len(stories)), None)
     if plain:
         bits = np.array([bits_per_byte(plain, text, ended, tokenizer, device) for _, text, _, ended in stories])
@@ -98,11 +102,12 @@ def main(data_dir, before, after, plain, count, seed, device, memory_gib, json_p
     for _ in of_story:
         words = [str(word) for word in rng.choice(sorted(held_out), 3, replace=False)]
         at_random.append(reinforce.Prompt(words, [tokenizer.bos_id, *tokenizer.encode(word_prompt(words))]))
+    built_in = corpus.meta["arguments"]["dataset"] == "sample"
     judge = load_checkpoint(plain)[0].to(device) if plain else None
     rows, examples = [], {}
 
     def add(name, stories):
-        rows.append(dict(name=name, **figures(stories, judge, tokenizer, device)))
+        rows.append(dict(name=name, **figures(stories, judge, tokenizer, device, built_in)))
         show(name, rows[-1])
         common.write_json(json_path, rows=rows, losses=losses, prompts=len(of_story), seconds=round(time.monotonic() - started),
                           **common.today())
