@@ -13,6 +13,7 @@ import collections
 import csv
 import functools
 import gc
+import glob
 import hashlib
 import io
 import itertools
@@ -43,6 +44,12 @@ PIECE_CHARS = 1 << 18               # longest text handled at once: at most 1 MB
 BATCH_BYTES = 1 << 20               # text that is encoded in one call
 VOCABULARY_BYTES = 64 * 10**6       # text that the vocabulary is trained on; SentencePiece needs six times this memory
 MAX_VAL_STORIES, MAX_VAL_BYTES = 5000, 20 * 10**6  # held out from a corpus without a validation split
+
+
+def progress(iterable, description, unit=" stories", total=None):
+    """A progress bar; without a terminal, a line every 15 seconds."""
+    options = {} if sys.stderr.isatty() else dict(mininterval=15, delay=15)
+    return tqdm(iterable, description, total, unit=unit, leave=False, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -77,16 +84,12 @@ def read_txt(path, text_field):
 def read_csv(path, text_field):
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # else a quote that is never closed takes all rows after it
-        columns = reader.fieldnames or []
-        if text_field not in columns and (separator := re.search("[;\t]", "".join(columns))):
-            raise UserError(f"{path} has {'semicolons' if separator[0] == ';' else 'tabs'} between its columns: save "
-                            "it with commas, then rerun.")
+        delimiter = max(",;\t", key=file.readline().count)  # spreadsheets of many countries write semicolons
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)  # else an open quote takes all rows after it
         for row in reader:
             if None in row or None in row.values():  # csv's name for cells that the header, or the row, lacks
-                raise UserError(f"{path} has {'more' if None in row else 'fewer'} cells in line {reader.line_num} than "
-                                "in its header: put texts that contain commas or line breaks in double quotes, then "
-                                "rerun.")
+                raise csv.Error(f"another number of cells in line {reader.line_num} than in its header")
             yield from record_pieces(path, row, text_field)
 
 
@@ -111,33 +114,31 @@ def json_lines(file):
 def read_parquet(path, text_field):
     import pyarrow.parquet
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-        columns = file.schema_arrow.names
-        if text_field not in columns:
-            yield from record_pieces(path, dict.fromkeys(columns), text_field)
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                yield from record_pieces(path, {text_field: text}, text_field)
+        columns = [text_field] if text_field in file.schema_arrow.names else None  # all, for the error to name
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for record in batch.to_pylist():
+                yield from record_pieces(path, record, text_field)
 
 
 def record_pieces(path, record, text_field):
     """Yield (text, starts_story) for the text of one record, cut where it is long, with the line ends of read_txt."""
-    if not isinstance(record, dict) or text_field not in record:
-        columns = ", ".join(map(str, record)) if isinstance(record, dict) else "no named columns"
-        raise UserError(f"{path} has no column {text_field!r}, but {columns}: choose one that all files have with "
-                        "--text-field.")
-    text = record[text_field] or ""
-    if not isinstance(text, str):
-        raise UserError(f"{path}: column {text_field!r} contains {type(text).__name__}, not text: choose another "
-                        "--text-field.")
-    text = re.sub("\r\n?", "\n", text)
-    text.encode()  # raises for a lone surrogate, which JSON can spell
+    record = record if isinstance(record, dict) else {}
+    if not isinstance(record.get(text_field, 0), str | None):
+        raise column_error(path, text_field, record)
+    text = re.sub("\r\n?", "\n", record[text_field] or "")
+    text.encode()  # ValueError for half of a surrogate pair, which JSON can spell
     for i, piece in enumerate(chunks(text, PIECE_CHARS)):
         yield piece, i == 0
 
 
+def column_error(source, text_field, columns):
+    names = ", ".join(columns) or "none"
+    return UserError(f"{source} has no text column {text_field!r} (columns: {names}): choose one that all files have "
+                     "with --text-field.")
+
+
 READERS = {".txt": read_txt, ".json": read_json_records, ".jsonl": read_json_records, ".csv": read_csv,
            ".parquet": read_parquet}
-ARCHIVES = {".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 
 
 def read_rows(files, text_field):
@@ -147,73 +148,40 @@ def read_rows(files, text_field):
             yield from READERS[path.suffix.lower()](path, text_field)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8, then rerun.") from None
-        except UnicodeEncodeError:
-            raise UserError(f"{path} contains half of a surrogate pair, which is no character: remove it, then "
-                            "rerun.") from None
         except csv.Error as error:
-            raise UserError(f"{path} cannot be read ({error}): put texts that contain double quotes in double quotes, "
-                            'each one inside doubled (""), then rerun.') from error
+            raise UserError(f"{path} cannot be read ({error}): put texts that contain commas, line breaks or double "
+                            'quotes in double quotes, each one inside doubled (""), then rerun.') from error
         except (ValueError, OSError) as error:  # includes the errors of json and pyarrow
             raise UserError(f"{path} cannot be read ({short_message(error)}): fix or remove it, then rerun.") from error
-
-
-def row_batches(rows):
-    """Yield lists of rows (text, starts_story) with about PIECE_CHARS characters each."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row[0])
-        if size > PIECE_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def write_table(path, files, text_field):
     """Read text files into one Arrow file: a row per story, several rows for a long one."""
     import pyarrow
     schema = pyarrow.schema([("text", pyarrow.string()), ("starts_story", pyarrow.bool_())])
-    rows = tqdm(read_rows(files, text_field), desc="reading", unit=" stories", **bar_options())
+    rows = iter(progress(read_rows(files, text_field), "reading"))
     with atomic_write(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for batch in row_batches(rows):
+        while batch := list(itertools.islice(rows, 100)):
             writer.write_batch(pyarrow.record_batch([*map(list, zip(*batch))], schema))
 
 
-def list_files(folder):
-    """All files below `folder` except hidden ones, sorted; linked folders are followed, each folder once."""
-    visited, found = set(), []
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(directory)) in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [Path(directory, name) for name in names
-                  if not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini")]
-    return sorted(found)
-
-
 def local_files(path):
-    """({split: files}, {why files are not read: files}) of a local file or folder."""
-    by_format, archives, others = {}, [], []
-    for file in [path] if path.is_file() else list_files(path):
-        suffix = file.suffix.lower()
-        if suffix in READERS:
-            by_format.setdefault(READERS[suffix], []).append(file)
-        else:
-            (archives if suffix in ARCHIVES else others).append(file)
+    """({split: files}, {why files are not read: files}) of a local file or folder. Hidden files are left out."""
+    by_format = collections.defaultdict(list)
+    names = [""] if path.is_file() else glob.glob("**", root_dir=path, recursive=True)
+    for file in sorted(path / name for name in names):
+        if not file.is_dir():
+            by_format[READERS.get(file.suffix.lower())].append(file)
+    others = by_format.pop(None, [])
     if len(by_format) != 1:
-        counts = [f"{len(files)} {files[0].suffix.lower()}" for files in by_format.values()]
-        problem = (f"{path} mixes formats ({', '.join(counts)}):" if counts else
-                   f"{archives[0]} is an archive: unpack it and" if archives else
-                   f"{path} contains no text that can be read:")
-        raise UserError(f"{problem} pass --dataset with a txt, json, jsonl, csv or parquet file, or with a folder of "
-                        "one of these.")
+        counts = ", ".join(f"{len(files)} {files[0].suffix.lower()}" for files in by_format.values())
+        problem = f"mixes formats ({counts})" if counts else "contains no text that can be read, or only in an archive"
+        raise UserError(f"{path} {problem}: pass --dataset with a txt, json, jsonl, csv or parquet file, or a folder "
+                        "of one of these.")
     files, = by_format.values()
-    splits, unused = used_splits(group_by_split(files))
-    return splits, {"another format": others, "is an archive: unpack it": archives,
-                    "the test split": unused.get("test", [])}
+    splits = group_by_split(files)
+    used = used_splits(splits)
+    return used, {"another format": others, "the test split": [] if "test" in used else splits.get("test", [])}
 
 
 def group_by_split(files):
@@ -225,27 +193,25 @@ def group_by_split(files):
     for file in files:
         top, *below = file.relative_to(root).parts
         name = top if below else re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem)
-        splits.setdefault(name if name in ("train", "validation", "test") else None, []).append(file)
-    complete = None not in splits and "train" in splits and len(splits) > 1
-    return splits if complete else {"train": files}
+        splits.setdefault(name, []).append(file)
+    are_splits = "train" in splits and len(splits) > 1 and splits.keys() <= {"train", "validation", "test"}
+    return splits if are_splits else {"train": files}
 
 
 def used_splits(splits):
-    """(splits to use, the others): train with validation, else with test; all where none is called train."""
+    """The splits to use: train and then validation, else test; all where none is called train."""
     names = ("train", "validation" if "validation" in splits else "test") if "train" in splits else splits
-    used = {name: split for name, split in splits.items() if name in names}
-    return used, {name: split for name, split in splits.items() if name not in used}
+    return {name: splits[name] for name in names if name in splits}
 
 
 def local_rows(config, folder):
     """({split: Dataset}, metadata) of local files. They are read once, into an Arrow file per split in `folder`."""
-    import_datasets()
-    from datasets import Dataset
+    datasets = import_datasets()
     splits, not_read = local_files(Path(config.dataset))
     for split, files in splits.items():
         if not (folder / f"{split}.arrow").exists():
             write_table(folder / f"{split}.arrow", files, config.text_field)
-    return ({split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in splits},
+    return ({split: datasets.Dataset.from_file(str(folder / f"{split}.arrow")) for split in splits},
             dict(files=sum(map(len, splits.values())),
                  not_read={reason: [*map(str, files)] for reason, files in not_read.items() if files}))
 
@@ -262,44 +228,43 @@ def import_datasets():
         handler.addFilter(lambda record: not re.search("unauthenticated requests|Repo card", record.getMessage()))
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if hasattr(huggingface_hub, "set_client_factory"):  # the list of files would be requested without a time limit
-        session = huggingface_hub.get_session()
-        limit = dict.fromkeys(("connect", "read", "write", "pool"), huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        hooks = [*session.event_hooks["request"], lambda request: request.extensions.update(timeout=limit)]
-        huggingface_hub.set_client_factory(
-            lambda: type(session)(event_hooks={"request": hooks}, follow_redirects=True))
+    session = huggingface_hub.get_session()
+    if hasattr(session, "event_hooks"):  # the list of files would be requested without a time limit
+        limit = dict.fromkeys(("connect", "read"), huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        session.event_hooks["request"].append(lambda request: request.extensions.update(timeout=limit))
     return datasets
 
 
-def latest_commit(name, waits=(2, 6, 18)):
-    """The newest commit of a data set on the Hub. A busy server is asked again after each of `waits` (seconds).
-
-    Without network the command ends at once; `datasets` would retry for half a minute.
-    """
+def latest_commit(name):
+    """The newest commit of a data set on the Hub. Without network it fails at once; a busy server is asked again."""
     import_datasets()
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    import huggingface_hub
     other = "pass --dataset sample for the built-in corpus, or --dataset with a local file or folder"
-    try:
-        info = HfApi().dataset_info(name, timeout=20)
-    except RepositoryNotFoundError as error:
-        raise UserError(f"there is no data set {name} on the Hugging Face Hub, or it needs a login (`hf auth login`): "
-                        f"check the name, or {other}.") from error
-    except Exception as error:  # the libraries underneath raise anything
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        busy = status == 429 or status >= 500
-        if busy and waits:
-            click.echo(f"The Hugging Face Hub answers {status}: asking again in {waits[0]} s.", err=True)
-            time.sleep(waits[0])
-            return latest_commit(name, waits[1:])
-        reason = short_message(str(error).partition("\n\n")[2] or error)  # after the number of the request
-        refused = re.search("401 Unauthorized|403 Forbidden", str(error))
-        fix = ("log in with `hf auth login`" if refused else "rerun in a few minutes" if busy else
-               "check the network and rerun")
-        raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({reason}): {fix}, or {other}.") from error
+    for wait in (2, 6, 18, None):
+        try:
+            info = huggingface_hub.HfApi().dataset_info(name, timeout=20)
+            break
+        except huggingface_hub.errors.RepositoryNotFoundError as error:
+            raise UserError(f"there is no data set {name} on the Hugging Face Hub, or it needs a login (`hf auth "
+                            f"login`): check the name, or {other}.") from error
+        except Exception as error:  # the libraries underneath raise anything
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            busy = status == 429 or status >= 500
+            if not (busy and wait):
+                fix = ("rerun in a few minutes" if busy else "log in with `hf auth login`" if status in (401, 403) else
+                       "check the network and rerun")
+                raise UserError(f"the Hugging Face Hub cannot be reached for {name} ({hub_reason(error)}): {fix}, or "
+                                f"{other}.") from error
+        click.echo(f"The Hugging Face Hub answers {status}: asking again in {wait} s.", err=True)
+        time.sleep(wait)
     if "/" not in name:  # `datasets` requires an owner
         raise UserError(f"the full name of {name} is {info.id}: pass --dataset {info.id}.")
     return info.sha
+
+
+def hub_reason(error):
+    """The server's own words in an error, which come after the number of the request."""
+    return short_message(str(error).partition("\n\n")[2] or error)
 
 
 def hub_rows(config, folder, commit):
@@ -310,38 +275,37 @@ def hub_rows(config, folder, commit):
 
     datasets = import_datasets()
     name, _, configuration = config.dataset.partition(":")
-    default_handler = signal.signal(signal.SIGINT, stop)
+    previous = signal.signal(signal.SIGINT, stop)
     try:
         builder = datasets.load_dataset_builder(name, configuration or None, revision=commit)
         if builder.name == "text":  # datasets would make every line a story
-            from huggingface_hub import snapshot_download
-            copy = snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns="*.txt")
+            import huggingface_hub
+            copy = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns="*.txt")
         else:
             splits = datasets.load_dataset(name, configuration or None, revision=commit)
     except Exception as error:  # the libraries underneath raise anything
         while error.__cause__ and not hasattr(error, "response"):  # down to the reason, or the server's own words
             error = error.__cause__
-        reason = str(error)
-        if listed := re.search(r"(?s)config.*\['(.+?)'\]", reason, re.I):
+        if listed := re.search(r"(?s)config.*\['(.+?)'\]", str(error), re.I):
             names = listed[1].split("', '")
             raise UserError(f"{name} has the configurations {', '.join(names)}: choose one, such as --dataset "
                             f"{name}:{names[0]}.") from error
         fix = "rerun to resume, or pass --dataset sample for the built-in corpus"
-        if "gated" in reason:
+        if "gated" in str(error):
             fix = f"accept its terms at https://huggingface.co/datasets/{name}, log in with `hf auth login`, then rerun"
-        reason = short_message(reason.partition("\n\n")[2] or reason)
-        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({reason}): {fix}.") from error
+        raise UserError(f"{config.dataset} could not be read from the Hugging Face Hub ({hub_reason(error)}): "
+                        f"{fix}.") from error
     finally:
-        signal.signal(signal.SIGINT, default_handler)
+        signal.signal(signal.SIGINT, previous)
     if builder.name == "text":
         return local_rows(replace(config, dataset=copy), folder)
     field, columns = config.text_field, next(iter(splits.values())).features
-    if field not in columns or "string" not in str(getattr(columns[field], "dtype", None)):  # a list has no dtype
-        raise UserError(f"{config.dataset} has no text column {field!r}, but {', '.join(columns)}: choose one with "
-                        "--text-field.")
-    splits, unused = used_splits(splits)
-    return ({split: rows.select_columns([field]).rename_columns({field: "text"}) for split, rows in splits.items()},
-            dict(not_read={"other splits": [*unused]} if unused else {}))
+    if "string" not in str(getattr(columns.get(field), "dtype", None)):  # a list has no dtype
+        raise column_error(config.dataset, field, columns)
+    used = used_splits(splits)
+    unused = [split for split in splits if split not in used]
+    return ({split: rows.select_columns([field]).rename_columns({field: "text"}) for split, rows in used.items()},
+            dict(not_read={"other splits": unused} if unused else {}))
 
 
 def sample_rows():
@@ -349,8 +313,8 @@ def sample_rows():
     from datasets import Dataset
     train, _ = zip(*draw_stories(TRAIN_STORIES, seed=0))
     val, nats = zip(*draw_stories(VAL_STORIES, seed=1))
-    splits = {"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": val})}
-    return splits, dict(val_nats=nats)
+    return ({"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": val})},
+            dict(val_nats=nats))
 
 
 # -----------------------------------------------------------------------------
@@ -378,27 +342,25 @@ class Stories:
         return np.array([len(self), self.row_bytes[self.index].sum()])
 
     def story_bytes(self):
-        """Bytes of each story."""
-        first_rows = np.flatnonzero(self.starts)
-        return np.add.reduceat(self.row_bytes[self.index], first_rows) if len(self) else first_rows
+        return np.add.reduceat(self.row_bytes[self.index], np.flatnonzero(self.starts))
 
     def batches(self):
         """Yield (texts, starts) of about BATCH_BYTES each."""
         batch = np.cumsum(self.row_bytes[self.index]) // BATCH_BYTES
         borders = np.flatnonzero(np.diff(batch)) + 1
         for index, starts in zip(np.split(self.index, borders), np.split(self.starts, borders), strict=True):
-            yield [text or "" for text in self.rows[index]["text"]] if len(index) else [], starts
+            yield [text or "" for text in self.rows[index]["text"]], starts
 
 
-def scan_stories(rows, label):
-    """(all stories of a Dataset, and of each the hash of its text and whether it has any)."""
+def scan_stories(rows):
+    """(the stories of a Dataset that have text, the hash of each, the size of all stories)."""
     starts = np.ones(len(rows), bool)
     if "starts_story" in rows.column_names:
         starts = rows.data["starts_story"].to_numpy()
     row_bytes, story = np.zeros(len(rows), int), -1
     hashes, has_text = np.zeros(starts.sum(), np.uint64), np.zeros(starts.sum(), bool)
-    texts = itertools.chain.from_iterable(batch["text"] for batch in rows.iter(batch_size=100))
-    for row, text in enumerate(tqdm(texts, desc=label, total=len(rows), unit=" stories", **bar_options())):
+    texts = (text for batch in rows.iter(batch_size=100) for text in batch["text"])
+    for row, text in enumerate(progress(texts, "counting", total=len(rows))):
         data = (text or "").encode()
         if starts[row]:
             story, hasher = story + 1, hashlib.blake2b(digest_size=8)
@@ -406,91 +368,83 @@ def scan_stories(rows, label):
         hashes[story] = int.from_bytes(hasher.digest(), "big")
         has_text[story] |= bool(text) and not text.isspace()
         row_bytes[row] = len(data)
-    return Stories(rows, row_bytes, np.arange(len(rows)), starts), hashes, has_text
+    stories = Stories(rows, row_bytes, np.arange(len(rows)), starts)
+    return stories.select(has_text), hashes[has_text], stories.size()
 
 
 def train_val_split(splits, name):
     """(training stories, validation stories, size of all that was read, {row of the report: size}).
 
-    Validation is the split of that name, else of test, else held out from the training text. A training story that is
-    also in the validation set is left out. The sizes of both sides and of the rows add up to what was read.
+    Without a split of its own, validation is held out from the training text. A training story that is also in it is
+    left out. The sizes of both sides and of the rows add up to what was read.
     """
-    if "train" not in splits and len(splits) > 1:
+    train_name, *val_name = splits
+    if train_name != "train" and val_name:
         raise UserError(f"{name} has no split named train, but {', '.join(splits)}: pass another --dataset.")
-    val_name = next((split for split in splits if split != "train"), None) if "train" in splits else None
-    train, hashes, has_text = scan_stories(splits.get("train", next(iter(splits.values()))), "training text")
-    read, left_out, keep = train.size(), {"skipped: empty": train.select(~has_text).size()}, has_text
+    train, hashes, read = scan_stories(splits[train_name])
+    left_out = {"skipped: empty": read - train.size()}
     if val_name:
-        val, val_hashes, val_has_text = scan_stories(splits[val_name], "validation text")
-        read += val.size()
-        left_out["skipped: empty"] += val.select(~val_has_text).size()
-        val, keep = val.select(val_has_text), has_text & ~np.isin(hashes, val_hashes[val_has_text])
-        if not len(val):
-            raise UserError(f"the {val_name} split of {name} contains no text: add some, or remove this split to have "
-                            "validation held out from the training text, then rerun.")
-        left_out["skipped: in validation"] = train.select(has_text & ~keep).size()
-    elif has_text.any():
-        val_stories, limit = held_out_stories(train.story_bytes(), hashes, has_text)
-        copies = np.isin(hashes, hashes[val_stories])
-        keep = has_text & ~copies
-        copies[val_stories] = False
-        left_out["skipped: in validation"] = train.select(has_text & copies).size()
-        if train.story_bytes()[val_stories].sum() > limit:  # a single long story
-            keep[val_stories] = True
-            train, val = cut_story(train, int(val_stories[0]), max(1, int(limit)))
+        val, val_hashes, val_read = scan_stories(splits[val_name[0]])
+        read += val_read
+        left_out["skipped: empty"] += val_read - val.size()
+        keep = ~np.isin(hashes, val_hashes)
+        left_out["skipped: in validation"] = train.select(~keep).size()
+    else:
+        held_out, limit = held_out_stories(train.story_bytes(), hashes)
+        is_val = np.isin(np.arange(len(train)), held_out)
+        keep = ~np.isin(hashes, hashes[held_out])
+        left_out["skipped: in validation"] = train.select(~keep & ~is_val).size()
+        if train.story_bytes()[held_out].sum() > limit:  # a single long story
+            number = int(held_out[0])
+            train = cut_story(train, number, max(1, int(limit)))
+            is_val, keep = np.insert(is_val, number, False), np.insert(keep, number, True)
             left_out["counted twice (cut)"] = np.array([-1, 0])
-        else:
-            val = train.select(np.isin(np.arange(len(train)), val_stories))
+        val = train.select(is_val)
     train = train.select(keep)
-    if not train.story_bytes().any() or not len(val):
-        raise UserError(f"{name} contains too little text for training and validation: pass --dataset with more text, "
-                        "or with sample.")
+    for side, stories in ("training", train), ("validation", val):
+        if not stories.size()[1]:
+            raise UserError(f"{name} contains too little text for {side}: add some, or pass --dataset sample.")
     return train, val, read, left_out
 
 
-def held_out_stories(story_bytes, hashes, has_text):
+def held_out_stories(story_bytes, hashes):
     """(numbers of the stories to hold out, the limit on their bytes): those with the lowest hashes, 1% of all texts.
 
     The limit is about 5% of the text. Where even the first story exceeds it, only that one is returned.
     """
     limit = min(0.05 * story_bytes.sum(), MAX_VAL_BYTES)
     _, first = np.unique(hashes, return_index=True)  # sorted by hash, equal texts once
-    first = first[has_text[first]]
     candidates = first[:max(1, np.searchsorted(hashes[first], np.uint64(2**64 // 100)))]
-    count = int(np.searchsorted(np.cumsum(story_bytes[candidates]), limit, side="right"))
+    count = np.searchsorted(np.cumsum(story_bytes[candidates]), limit, side="right")
     return candidates[:min(max(1, count), MAX_VAL_STORIES)], limit
 
 
 def cut_story(stories, number, limit):
-    """(all stories but the end of one, that end): `limit` to twice `limit` bytes, from the end of a paragraph on."""
-    from datasets import Dataset, concatenate_datasets
-    first, end = np.append(np.flatnonzero(stories.starts), len(stories.index))[number:number + 2]
-    sizes = np.cumsum(stories.row_bytes[stories.index[first:end]][::-1])  # from the end
-    first = end - 1 - min(int(np.searchsorted(sizes, 2 * limit)), end - first - 1)  # the row to start from
-    data = "".join(stories.rows[stories.index[first:end]]["text"]).encode()
-    cut = latest = len(data) - limit
-    for mark in (b"\n\n", b"\n", b" "):
-        found = data.rfind(mark, max(len(data) // 2, latest - limit), latest)
-        if found >= 0:
-            cut = found + len(mark)
-            break
+    """All stories, one of them cut in two: its last `limit` bytes, or some more, from the end of a paragraph on."""
+    datasets = import_datasets()
+    sizes = stories.row_bytes[stories.index]
+    row = np.append(np.flatnonzero(stories.starts), len(sizes))[number + 1] - 1
+    tail_size = limit  # of the row to cut: what the rows after it lack
+    while tail_size > sizes[row]:
+        tail_size -= sizes[row]
+        row -= 1
+    data = stories.rows[int(stories.index[row])]["text"].encode()
+    cut = latest = len(data) - tail_size
+    for mark in (b" ", b"\n", b"\n\n"):
+        found = data.rfind(mark, max(0, latest - limit), latest)
+        cut = found + len(mark) if found >= 0 else cut
     while data[cut] & 0xC0 == 0x80:  # not inside a character
         cut -= 1
-    head, tail = ([*chunks(part.decode(), PIECE_CHARS)] for part in (data[:cut], data[cut:]))
-    rows = concatenate_datasets([stories.rows.select_columns("text"), Dataset.from_dict({"text": head + tail})])
-    row_bytes = np.append(stories.row_bytes, [len(text.encode()) for text in head + tail])
-    new = np.arange(len(stories.rows), len(rows))
-    head_starts, tail_starts = new[:len(head)] == new[0], new[len(head):] == new[len(head)]
-    head_starts &= stories.starts[first]
-    rest = Stories(rows, row_bytes, np.concatenate([stories.index[:first], new[:len(head)], stories.index[end:]]),
-                   np.concatenate([stories.starts[:first], head_starts, stories.starts[end:]]))
-    return rest, Stories(rows, row_bytes, new[len(head):], tail_starts)
+    halves = datasets.Dataset.from_dict({"text": [data[:cut].decode(), data[cut:].decode()]})
+    rows = datasets.concatenate_datasets([stories.rows.select_columns("text"), halves])
+    index = np.insert(stories.index, row + 1, len(rows) - 1)
+    index[row] = len(rows) - 2
+    return Stories(rows, np.append(stories.row_bytes, [cut, len(data) - cut]), index,
+                   np.insert(stories.starts, row + 1, True))
 
 
 def is_sampled(item, rate, seed):
     """Whether `item` (a number or a word) is in a fixed random choice of a fraction `rate`."""
-    if rate >= 1:
-        return True
     digest = hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < rate * 2**64
 
@@ -499,8 +453,8 @@ def select_parts(train, config):
     """{shard name: Stories}: the first --num-files of PARTS equal parts, and of these the fraction --sample-rate."""
     part = np.arange(len(train)) * PARTS // len(train)
     keep = np.array([is_sampled(i, config.sample_rate, config.seed) for i in range(len(train))])
-    parts = {f"train_{n:03d}.bin": train.select(keep & (part == n)) for n in range(config.num_files)}
-    parts = {name: stories for name, stories in parts.items() if len(stories)}
+    keep &= part < config.num_files
+    parts = {f"train_{n:03d}.bin": train.select(keep & (part == n)) for n in np.unique(part[keep])}
     if not parts:
         raise UserError(f"--num-files {config.num_files} and --sample-rate {config.sample_rate:g} keep none of the "
                         f"{len(train):,} training stories: increase them.")
@@ -518,9 +472,8 @@ def sampled_text(parts, seed):
 
 
 def train_vocabulary(parts, vocab_size, seed):
-    """A Tokenizer trained on a fixed random choice of the training text. UserError if the size does not fit it."""
-    # SentencePiece skips every sentence that contains U+2585, which it uses itself.
-    texts = [text.replace("\u2585", " ") for text in sampled_text(parts, seed)]
+    """A Tokenizer trained on sampled_text. UserError if the size does not fit the text."""
+    texts = list(sampled_text(parts, seed))
     # The rarest characters are spelled in bytes. Text with thousands of different ones (Chinese) needs more of that.
     for coverage in (0.9999, 0.98):
         model = io.BytesIO()
@@ -536,29 +489,22 @@ def train_vocabulary(parts, vocab_size, seed):
             message = str(error)
         if "required_chars" not in message:
             break
-    most, least = re.search(r"value <= (\d+)", message), re.search(r"\d+ vs (\d+)", message)
-    if most and int(most[1]) >= 260:
+    if most := re.search(r"value <= (\d+)", message):
         raise UserError(f"the text is too small for a vocabulary of {vocab_size}: pass --vocab-size {most[1]} or less.")
-    if least:
+    if least := re.search(r"\d+ vs (\d+)", message):
         raise UserError(f"the text has too many different characters for a vocabulary of {vocab_size}: pass "
                         f"--vocab-size {least[1]} or more.")
-    raise UserError(f"SentencePiece cannot train a vocabulary of {vocab_size} on this text ({message[-120:]}): pass "
-                    "--dataset with more text.")
+    raise UserError(f"SentencePiece cannot train on this text ({message[-120:]}): pass --dataset with more text.")
 
 
 def given_tokenizer(config):
     """The Tokenizer of --tokenizer, None without it. UserError unless preprocess.py trained it."""
-    if config.tokenizer is None:
+    if not config.tokenizer:
         return None
-    path, probe = config.tokenizer, " a  b\n\n12\r\n\t\u00e9\U0001f600 "
-    try:
-        tokenizer = Tokenizer(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"--tokenizer {path} cannot be read ({error.strerror}): pass the tok*.model of a prepared "
-                        "corpus, such as data/tok4096.model.") from error
-    if tokenizer.decode(tokenizer.encode(probe)) != probe or tokenizer.vocab_size > 65536:
-        raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus, "
-                        "such as data/tok4096.model, or what `python export.py --format tokenizer` writes.")
+    path, probe = Path(config.tokenizer), " a  b\n\n12\r\n\t\u00e9\U0001f600 "
+    tokenizer = Tokenizer(path.read_bytes() if path.is_file() else b"", path)
+    if tokenizer.decode(tokenizer.encode(probe)) != probe:
+        raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus.")
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise UserError(f"--vocab-size {config.vocab_size} contradicts --tokenizer {path}, which has "
                         f"{tokenizer.vocab_size} tokens: omit --vocab-size.")
@@ -605,7 +551,7 @@ def with_word_prompts(name, stories, words, config, fits):
 # -----------------------------------------------------------------------------
 # 4. Token ids
 
-def write_shard(path, batches, tokenizer, threads, bar):
+def write_shard(path, batches, tokenizer, threads):
     """Write the ids of the stories in `batches` as uint16, each story between bos and eos."""
     with atomic_write(path) as file:
         separator = [tokenizer.bos_id]
@@ -617,15 +563,13 @@ def write_shard(path, batches, tokenizer, threads, bar):
                     separator = [tokenizer.eos_id, tokenizer.bos_id]
                 ids += text_ids
             file.write(np.array(ids, dtype="<u2"))
-            bar.update(int(starts.sum()))
         file.write(np.array([tokenizer.eos_id], dtype="<u2"))
 
 
 def describe_shard(path, tokenizer):
     """The entry of a shard in meta.json."""
     ids = np.memmap(path, dtype="<u2", mode="r")
-    counts = sum(np.bincount(ids[i:i + 2**20], minlength=tokenizer.vocab_size)  # which makes int64 of them
-                 for i in range(0, len(ids), 2**20))
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
     return dict(file=path.name, tokens=len(ids), bytes=int(counts @ tokenizer.byte_lengths()),
                 stories=int(counts[tokenizer.bos_id]), sha256=hashlib.sha256(ids).hexdigest())
 
@@ -638,11 +582,10 @@ def arguments_of(config, tokenizer):
     path, values = Path(config.dataset), asdict(config)
     del values["data_dir"]
     values |= dict(tokenizer_sha256=tokenizer and tokenizer.sha256, files_sha256=None)
-    values["vocab_size"] = tokenizer.vocab_size if tokenizer else \
-        config.vocab_size or (512 if config.dataset == "sample" else 4096)
+    values["vocab_size"] = (tokenizer or config).vocab_size or (512 if config.dataset == "sample" else 4096)
     if config.dataset != "sample" and path.exists():
         digest = hashlib.sha256()
-        for file in sorted(itertools.chain.from_iterable(local_files(path)[0].values())):
+        for file in sorted(sum(local_files(path)[0].values(), [])):
             digest.update(f"{file.relative_to(path)}\n".encode())
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -655,31 +598,26 @@ def changes(existing, arguments):
     existing = asdict(CorpusConfig()) | existing  # those of an earlier version have fewer settings
     differ = [name for name in arguments if existing.get(name) != arguments[name]]
     words = [f"{flag(name)} {existing.get(name)} (now {arguments[name]})" for name in differ if "sha256" not in name]
-    if not words and differ:
-        words = [f"other contents in the files of {'--dataset' if 'files_sha256' in differ else '--tokenizer'}"]
+    if differ and not words:
+        return f"other contents in the files of {'--dataset' if 'files_sha256' in differ else '--tokenizer'}"
     return ", ".join(words)
 
 
 def open_partial(config, arguments, overwrite, commit):
-    """(DATA-DIR/partial with what an interrupted run with the same arguments left there, the commit of its corpus).
-
-    `commit`: that of the corpus in DATA-DIR, if it is repaired; else a new preparation asks for the newest.
-    """
+    """(DATA-DIR/partial, the commit on the Hub to read). `commit`: that of a corpus to repair, None for the newest."""
     folder = Path(config.data_dir) / "partial"
     existing = read_json(folder / "arguments.json") or {}
-    changed = changes(existing, arguments)
-    if changed and any(folder.glob("*.bin")) and not overwrite:
-        raise UserError(f"{folder} contains an interrupted preparation with {changed}: rerun its command to resume it, "
-                        "or pass --overwrite to start over, or another --data-dir.")
-    if not changed:
-        commit = existing.get("commit")
-    else:
+    if changed := changes(existing, arguments):
+        if any(folder.glob("*.bin")) and not overwrite:
+            raise UserError(f"{folder} contains an interrupted preparation with {changed}: rerun its command to resume "
+                            "it, or pass --overwrite or another --data-dir.")
         if folder.exists():
             shutil.rmtree(folder)  # must succeed: a shard left here would count as finished
-        is_local = config.dataset == "sample" or Path(config.dataset).exists()
-        commit = None if is_local else commit or latest_commit(config.dataset.partition(":")[0])
-        write_json(folder / "arguments.json", arguments | dict(commit=commit))
-    return folder, commit
+        if config.dataset != "sample" and not arguments["files_sha256"]:
+            commit = commit or latest_commit(config.dataset.partition(":")[0])
+        existing = arguments | dict(commit=commit)
+        write_json(folder / "arguments.json", existing)
+    return folder, existing["commit"]
 
 
 def publish(folder, data_dir, meta):
@@ -701,23 +639,19 @@ def prepare(config, threads, overwrite):
     data_dir, given = Path(config.data_dir), given_tokenizer(config)
     is_sample, path = config.dataset == "sample", Path(config.dataset)
     if is_sample and path.exists():
-        click.echo("--dataset sample is the built-in corpus; for the folder of that name type ./sample")
-    hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", config.dataset)
+        click.echo("sample is the built-in corpus; type ./sample for the folder of that name.")
+    hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", config.dataset)
     if not (is_sample or path.exists() or hub_name and path.suffix.lower() not in READERS):
         raise UserError(f"{path} does not exist: pass --dataset with a file, a folder, a name on the Hugging Face Hub, "
                         "or sample.")
     if not is_sample and path.is_dir() and data_dir.resolve().is_relative_to(path.resolve()):
-        raise UserError(f"--data-dir {data_dir} is inside --dataset {path}, so the prepared files would become part of "
-                        "the corpus: pass another --data-dir.")
+        raise UserError(f"--data-dir {data_dir} is inside --dataset {path}: pass another --data-dir.")
     arguments, meta, commit = arguments_of(config, given), read_json(data_dir / "meta.json"), None
     if meta and not overwrite:
         if changed := changes(meta.get("arguments", {}), arguments):
-            raise UserError(f"{data_dir} was prepared with {changed}: pass --overwrite to replace it, or another "
-                            "--data-dir to keep both.")
+            raise UserError(f"{data_dir} was prepared with {changed}: pass --overwrite or another --data-dir.")
         try:
             Corpus(data_dir)
-            if not changes(read_json(data_dir / "partial" / "arguments.json") or {}, arguments):
-                shutil.rmtree(data_dir / "partial")  # left by a kill at the very end
             click.echo(f"{data_dir} is up to date.")
             return report(data_dir, meta)
         except UserError:
@@ -745,14 +679,11 @@ def prepare(config, threads, overwrite):
         return not is_sample or len(tokenizer.encode(text)) < PRESETS["demo"]["block_size"]
 
     all_words = frozenset().union(*words.values())
-    with tqdm(total=len(val) + config.copies * selected[0], desc="encoding", unit=" stories", **bar_options()) as bar:
-        for name, stories in {"val_000.bin": val, **parts}.items():
-            has_prompts = words and name in parts
-            if (folder / name).exists():
-                bar.update(len(stories) * (config.copies if has_prompts else 1))
-                continue
-            batches = with_word_prompts(name, stories, all_words, config, fits) if has_prompts else stories.batches()
-            write_shard(folder / name, batches, tokenizer, threads, bar)
+    for name, stories in progress({"val_000.bin": val, **parts}.items(), "encoding", " shards"):
+        if not (folder / name).exists():
+            batches = (with_word_prompts(name, stories, all_words, config, fits) if words and name in parts
+                       else stories.batches())
+            write_shard(folder / name, batches, tokenizer, threads)
 
     shards = [describe_shard(folder / name, tokenizer) for name in parts]
     if words:
@@ -771,7 +702,7 @@ def prepare(config, threads, overwrite):
 
 def report(data_dir, meta):
     """Print the table of a prepared corpus: what was read, and the indented rows that add up to it."""
-    files, read, left_out = meta.get("files", 0), meta.get("read", []), meta["left_out"]
+    files, read, left_out = meta.get("files"), meta.get("read", []), meta["left_out"]
     sides = {title: [sum(shard[key] for shard in meta[split]) for key in ("stories", "bytes", "tokens")]
              for title, split in (("training", "train"), ("validation", "val"))}
     rows = {f"read: {files:,} file{'s' * (files > 1)}" if files else "read": read}
@@ -782,36 +713,25 @@ def report(data_dir, meta):
     for reason, paths in meta.get("not_read", {}).items():
         names = ", ".join(Path(path).name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
         click.echo(wrapped(f"not read ({reason}): {len(paths):,} ({names})", sys.stdout))
-    ratios = [size / (tokens - 2 * stories) for stories, size, tokens in sides.values()]
-    click.echo(f"bytes per token: {ratios[0]:.2f} in training, {ratios[1]:.2f} in validation")
+    stories, size, tokens = sides["training"]
+    click.echo(f"bytes per token: {size / (tokens - 2 * stories):.2f}")
     click.echo(f"vocabulary: {meta['vocab_size']:,} tokens, {data_dir / meta['tokenizer']['file']}")
-    size, val_size = sides["training"][1], sides["validation"][1]
-    text = size + val_size + sum(numbers[1] for title, numbers in left_out.items()
-                                 if re.search("added|not selected", title))
-    if files and val_size > text / 10:
-        click.echo(wrapped(f"Warning: validation is {val_size / text:.0%} of the text, and a tenth is enough: move "
-                           "text from it to training or add text, then rerun with --overwrite.", sys.stdout))
-
-
-def bar_options():
-    """Settings of a progress bar: where there is no terminal, a line every 15 seconds."""
-    return dict(leave=False) if sys.stderr.isatty() else dict(leave=False, mininterval=15, delay=15)
+    if files and (fraction := sides["validation"][1] / read[1]) > 0.1:
+        click.echo(wrapped(f"Warning: validation is {fraction:.0%} of the text, and a tenth is enough: move text from it "
+                           "to training or add text, then rerun with --overwrite.", sys.stdout))
 
 
 # -----------------------------------------------------------------------------
 # The command
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @click.group(context_settings=CONTEXT_SETTINGS)
 def main():
-    """Prepare a corpus for train.py: read or download the stories, train a vocabulary, write token ids."""
+    """Prepare a corpus for train.py."""
 
 
 @main.command("prepare-dataset", cls=Command)
 @setting_options(CorpusConfig)
-@click.option("--workers", type=click.IntRange(1, 1024), default=CORES, metavar="N",
+@click.option("--workers", type=click.IntRange(1, 1024), default=os.cpu_count(), metavar="N",
               help="encoding threads  [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="replace a corpus that was prepared with other arguments")
 def prepare_dataset(workers, overwrite, **values):
@@ -838,17 +758,12 @@ def prepare_dataset(workers, overwrite, **values):
 
 TRAIN_STORIES, VAL_STORIES = 30_000, 1_000
 
-KINDS = {
-    "rolls": "ball 9 | bead 5 | top 4",
-    "flies": "kite 9 | hat 6 | cap 3",
-    "floats": "boat 8 | duck 5 | cup 3",
-    "sinks": "key 6 | bell 5 | ring 4",
-}
-MISHAPS = {
-    "rolls": "fell in a hole 5 | rolled down a hill 4 | got stuck in the mud 3 | rolled under a log 2",
-    "flies": "flew up a tree 5 | flew over the lake 3 | got stuck in the mud 2",
-    "floats": "went out on the lake 5 | got stuck in the mud 3 | fell in a hole 2",
-    "sinks": "fell in the grass 5 | fell in a hole 4 | got stuck in the mud 2",
+MISHAPS = {  # of things that roll, fly, float and sink
+    "ball 9 | bead 5 | top 4":
+        "fell in a hole 5 | rolled down a hill 4 | got stuck in the mud 3 | rolled under a log 2",
+    "kite 9 | hat 6 | cap 3": "flew up a tree 5 | flew over the lake 3 | got stuck in the mud 2",
+    "boat 8 | duck 5 | cup 3": "went out on the lake 5 | got stuck in the mud 3 | fell in a hole 2",
+    "key 6 | bell 5 | ring 4": "fell in the grass 5 | fell in a hole 4 | got stuck in the mud 2",
 }
 # What helps depends on where the thing went: on the last word of the mishap.
 FIXES = {
@@ -869,64 +784,59 @@ def parse_weights(line):
     return {value: int(weight) / total for value, weight in pairs}
 
 
-def independent(line):
-    """A choice that depends on nothing."""
-    return None, {None: parse_weights(line)}
-
-
-def dependent(parent, lines):
-    """A choice whose probabilities depend on the value of `parent`."""
-    return parent, {value: parse_weights(line) for value, line in lines.items()}
-
-
 STORY = """{opening} {toy} {outing} {meeting}
 
 {trouble} {sorrow} {comfort} {rescue}
 
 {thanks} {treat} {ending}"""
 
-GRAMMAR = {
-    "opening": independent("Once upon a time, there was {a trait} {child} named {hero}. 5 |"
-                           "Once there was {a trait} {child} named {hero}. 4 |"
-                           "There was {a trait} {child} named {hero}. 3"),
-    "trait": independent("little 6 | kind 5 | happy 4 | good 3 | shy 3 | brave 2 | funny 1 | silly 1"),
-    "child": independent("girl 1 | boy 1"),
-    "hero": dependent("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Eve 3 | Nan 2 | Ava 1",
-                                "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
-    "toy": independent("{He} had {a colour} {thing}. 5 | {He} loved {his} {colour} {thing}. 4 |"
-                       "{He} found {a colour} {thing}. 3"),
-    "colour": independent("red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | tan 1"),
-    "thing": independent(" | ".join(KINDS.values())),
-    "outing": independent("One {weather} {time}, {he} took it to the {place}. 5 |"
-                          "One {weather} {time}, {he} went to the {place}. 4"),
-    "weather": independent("sunny 8 | warm 6 | windy 5 | cold 4 | hot 3 | rainy 2 | foggy 1"),
-    "time": independent("day 5 | morning 4 | night 3"),
-    "place": independent("park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 |"
-                         "garden 1"),
-    "meeting": independent("There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4"),
-    "animal": independent("cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 |"
-                          "ant 1"),
-    "friend": independent("Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Pom 2 | Mo 1"),
-    "trouble": independent("But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 |"
-                           "Oh no! The {thing} {mishap}. 3"),
-    "mishap": dependent("thing", {thing: MISHAPS[kind] for kind, line in KINDS.items()
-                                  for thing in parse_weights(line)}),
-    "sorrow": independent("{hero} was {feeling} and {reaction}. 5 | {hero} felt {feeling} and {reaction}. 4"),
-    "feeling": independent("sad 8 | mad 5 | upset 4 | scared 4 | lost 3 | bad 2"),
-    "reaction": independent("cried 6 | sat down 5 | ran home 3 | looked up 2 | hid 2 | stood still 1"),
-    "comfort": independent('"{promise}," said {friend}. 5 | {friend} said, "{promise}." 4'),
-    "promise": independent("I can help 6 | Do not cry 5 | Let me try 4 | I will get it 3 | I saw it 2 | Be brave 1"),
-    "rescue": independent("The {animal} {fix} and got the {colour} {thing}. 5 |"
-                          "The {animal} {fix} and found the {colour} {thing}. 4"),
-    "fix": dependent("mishap", {mishap: FIXES[mishap.split()[-1]]
-                                for line in MISHAPS.values() for mishap in parse_weights(line)}),
-    "thanks": independent('"{praise}, {friend}!" said {hero}. 5 | {hero} said, "{praise}, {friend}!" 4'),
-    "praise": independent("Thank you 6 | You are kind 4 | You are good 3 | Well done 3 | You are brave 2"),
-    "treat": independent("They had {food}. 5 | They ate {food}. 4 | They shared {food}. 3"),
-    "food": independent("cake 6 | soup 5 | an apple 4 | a pie 4 | nuts 3 | a pear 2 | bread 2 | eggs 1"),
-    "ending": independent("{hero} and {friend} {bond}. 5 | Then {hero} and {friend} {bond}. 4"),
-    "bond": independent("were best friends 6 | played all day 5 | were so happy 4 | sang and sang 3 | went home 2"),
+# {name: line, or (the choice that it depends on, {value of that choice: line})}
+CHOICES = {
+    "opening": "Once upon a time, there was {a trait} {child} named {hero}. 5 |"
+               "Once there was {a trait} {child} named {hero}. 4 |"
+               "There was {a trait} {child} named {hero}. 3",
+    "trait": "little 6 | kind 5 | happy 4 | good 3 | shy 3 | brave 2 | funny 1 | silly 1",
+    "child": "girl 1 | boy 1",
+    "hero": ("child", {"girl": "Lily 7 | Mia 6 | Sue 5 | Ann 5 | Kim 4 | Eve 3 | Nan 2 | Ava 1",
+                       "boy": "Tim 7 | Ben 6 | Tom 5 | Sam 5 | Dan 4 | Bob 3 | Ted 2 | Leo 1"}),
+    "toy": "{He} had {a colour} {thing}. 5 | {He} loved {his} {colour} {thing}. 4 | {He} found {a colour} {thing}. 3",
+    "colour": "red 7 | blue 7 | green 5 | pink 5 | white 4 | black 3 | gray 3 | gold 2 | brown 2 | tan 1",
+    "thing": " | ".join(MISHAPS),
+    "outing": "One {weather} {time}, {he} took it to the {place}. 5 |"
+              "One {weather} {time}, {he} went to the {place}. 4",
+    "weather": "sunny 8 | warm 6 | windy 5 | cold 4 | hot 3 | rainy 2 | foggy 1",
+    "time": "day 5 | morning 4 | night 3",
+    "place": "park 7 | farm 6 | beach 5 | forest 5 | river 4 | shop 3 | zoo 3 | hill 3 | town 2 | garden 1",
+    "meeting": "There {he} met {a animal} named {friend}. 5 | There {he} saw {a animal} named {friend}. 4",
+    "animal": "cat 8 | dog 8 | bird 6 | fox 5 | pig 4 | hen 3 | bear 3 | frog 3 | cow 2 | mouse 2 | owl 1 | ant 1",
+    "friend": "Pip 7 | Coco 6 | Momo 5 | Dot 5 | Bo 4 | Lulu 3 | Kit 3 | Pom 2 | Mo 1",
+    "trouble": "But the {thing} {mishap}. 5 | Then the {thing} {mishap}. 4 | Oh no! The {thing} {mishap}. 3",
+    "mishap": ("thing", {thing: line for things, line in MISHAPS.items() for thing in parse_weights(things)}),
+    "sorrow": "{hero} was {feeling} and {reaction}. 5 | {hero} felt {feeling} and {reaction}. 4",
+    "feeling": "sad 8 | mad 5 | upset 4 | scared 4 | lost 3 | bad 2",
+    "reaction": "cried 6 | sat down 5 | ran home 3 | looked up 2 | hid 2 | stood still 1",
+    "comfort": '"{promise}," said {friend}. 5 | {friend} said, "{promise}." 4',
+    "promise": "I can help 6 | Do not cry 5 | Let me try 4 | I will get it 3 | I saw it 2 | Be brave 1",
+    "rescue": "The {animal} {fix} and got the {colour} {thing}. 5 |"
+              "The {animal} {fix} and found the {colour} {thing}. 4",
+    "fix": ("mishap", {mishap: FIXES[mishap.split()[-1]]
+                       for line in MISHAPS.values() for mishap in parse_weights(line)}),
+    "thanks": '"{praise}, {friend}!" said {hero}. 5 | {hero} said, "{praise}, {friend}!" 4',
+    "praise": "Thank you 6 | You are kind 4 | You are good 3 | Well done 3 | You are brave 2",
+    "treat": "They had {food}. 5 | They ate {food}. 4 | They shared {food}. 3",
+    "food": "cake 6 | soup 5 | an apple 4 | a pie 4 | nuts 3 | a pear 2 | bread 2 | eggs 1",
+    "ending": "{hero} and {friend} {bond}. 5 | Then {hero} and {friend} {bond}. 4",
+    "bond": "were best friends 6 | played all day 5 | were so happy 4 | sang and sang 3 | went home 2",
 }
+
+
+def probability_tables(choice):
+    """(the choice that it depends on or None, {value of that choice: probabilities})"""
+    parent, lines = choice if isinstance(choice, tuple) else (None, {None: choice})
+    return parent, {value: parse_weights(line) for value, line in lines.items()}
+
+
+GRAMMAR = {name: probability_tables(choice) for name, choice in CHOICES.items()}
 PRONOUNS = {"girl": {"He": "She", "he": "she", "his": "her"}, "boy": {"He": "He", "he": "he", "his": "his"}}
 SLOT = re.compile(r"\{(a )?(\w+)\}")
 

@@ -315,12 +315,14 @@ def teacher(data_dir, small_data_dir, budget, jobs, **given):
         "learned-taught-by-learned": ((data_dir, budget), 0.1, "learned", []),
         **{f"tenth-taught-{dropout}": (small, dropout, "tenth", llama) for dropout in (0.1, 0.2)},
         "4-epochs-taught": (epochs, 0, "4-epochs", llama),
+        "llama-taught-0.1-seed-2": ((data_dir, budget), 0.1, "llama", [*llama, "--seed", "2"]),
+        "learned-taught-0.1-seed-2": ((data_dir, budget), 0.1, "llama", ["--seed", "2"]),
     }
 
     def run(name, iterations, evaluations, folder, dropout, teacher, flags):
         teaching = ["--teacher", str(study.folder / teacher / "best.pt"), "--seed", "1"] if teacher else []
         return dict(teacher=teacher) | study.run(name, folder, iterations, evaluations, "--dropout", str(dropout),
-                                                 *flags, *teaching)
+                                                 *teaching, *flags)
 
     for name, of in (("speed", None), ("speed-taught", "speed")):
         study.keep(run(name, 4 if study.tiny else SPEED_ITERS, 1, data_dir, 0.1, of, llama))
