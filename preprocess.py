@@ -717,8 +717,8 @@ def report(data_dir, meta):
     click.echo(f"bytes per token: {size / (tokens - 2 * stories):.2f}")
     click.echo(f"vocabulary: {meta['vocab_size']:,} tokens, {data_dir / meta['tokenizer']['file']}")
     if files and (fraction := sides["validation"][1] / read[1]) > 0.1:
-        click.echo(wrapped(f"Warning: validation is {fraction:.0%} of the text, and a tenth is enough: move text from it "
-                           "to training or add text, then rerun with --overwrite.", sys.stdout))
+        click.echo(wrapped(f"Warning: validation is {fraction:.0%} of the text, and a tenth is enough: move text from "
+                           "it to training or add text, then rerun with --overwrite.", sys.stdout))
 
 
 # -----------------------------------------------------------------------------

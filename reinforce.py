@@ -36,6 +36,7 @@ from train import MetricsFile, StopRequest, estimate_loss, format_seconds, print
 # A model that unlearned more than this to please the reward is not kept.
 MAX_VAL_LOSS_RISE = 0.03  # nats, of text without word prompts
 ENOUGH_ENDED = 0.99       # fraction of stories: one in a hundred that does not end is chance
+FEW_REPEATED = 0.002      # fraction of 4-grams: less is chance too
 
 
 # -----------------------------------------------------------------------------
@@ -280,14 +281,15 @@ def reinforce(model, checkpoint, corpus, config, stop):
             start = start or result
             passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE
                       and result["ended"] >= min(start["ended"], ENOUGH_ENDED)
-                      and result["repeated_4grams"] <= max(start["repeated_4grams"], usual.repeated_4grams))
+                      and result["repeated_4grams"] <= max(start["repeated_4grams"], usual.repeated_4grams, FEW_REPEATED))
             metrics.write(iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
             print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
                    f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "
                    f"{result['val_loss']:.4f}{'' if passed else ' (not kept: worse than the start)'}")
             if passed and (best is None or result["words_used"] > best["words_used"]):
                 best = dict(result, iter=it)
-                save_checkpoint(out_dir / "best.pt", model, tokenizer.model_bytes, **checkpoint)
+                state = dict(iter=it, best_val=result["val_loss"])
+                save_checkpoint(out_dir / "best.pt", model, tokenizer.model_bytes, **checkpoint, state=state)
         if it == config.max_iters or stop.signal:
             return start, best
 
@@ -350,7 +352,7 @@ def main(init_from, overwrite, **given):
             (out_dir / name).unlink(missing_ok=True)
         write_json(out_dir / "config.json",
                    dict(preset=checkpoint.get("preset"), model=asdict(model.config), reinforce=asdict(config)))
-        kept = {name: checkpoint[name] for name in ("preset", "train_config", "corpus", "state", "word_prompts")
+        kept = {name: checkpoint[name] for name in ("preset", "train_config", "corpus", "word_prompts")
                 if name in checkpoint}
         stop = StopRequest()
         with out_of_memory_advice(lambda: f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, "

@@ -252,10 +252,14 @@ def test_a_model_learns_to_write_what_is_rewarded(folders, tmp_path, monkeypatch
     assert abs(divergences[0]) < 1e-6 < 1e-3 < divergences[-1], "from the model that it started from"
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(folders, tmp_path):
-    outs = [tmp_path / name for name in "abc"]
+def test_the_same_seed_gives_the_same_run_and_another_another_with_other_prompts(folders, tmp_path, monkeypatch):
+    outs, asked, real = [tmp_path / name for name in "abc"], [], reinforce.write_stories
+    monkeypatch.setattr(reinforce, "write_stories", lambda model, prompts, *args: (
+        asked[-1].append([prompt.words for prompt in prompts]) or real(model, prompts, *args)))
     for out, seed in zip(outs, (1, 1, 2)):
+        asked.append([])
         run(folders, out, "--max-iters", 3, "--eval-interval", 2, "--seed", seed)
+    assert asked[0] == asked[1] and not any(prompts in asked[0] for prompts in asked[2])
     a, b, c = ([{key: value for key, value in row.items() if key != "seconds"} for row in metrics(out)] for out in outs)
     assert a == b != c
     assert [row["iter"] for row in a] == [0, 1, 2, 2, 3, 3]
@@ -270,6 +274,7 @@ def test_the_folder_can_be_talked_to_and_drawn_from_the_start_on(folders, tmp_pa
     trained, kept = (load_checkpoint(folder / "best.pt") for folder in (folders[1], tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(trained[0].parameters(), kept[0].parameters()))
     assert kept[1]["word_prompts"] is True
+    assert kept[1]["state"] == dict(iter=0, best_val=metrics(tmp_path)[0]["val_loss"])
     for main, words in ((chat.main, ["--prompt", "Once", "--max-new-tokens", 3]), (plot_loss.main, [])):
         result = CliRunner().invoke(main, list(map(str, [*words, "--out-dir", tmp_path])))
         assert result.exit_code == 0, result.output
@@ -317,11 +322,12 @@ def test_the_benchmark_compares_both_models_and_the_best_of_8_with_standard_erro
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "rows.json").read_text())
     rows = {row["name"]: row for row in figures["rows"]}
-    assert len(rows) == 9 and "before, best of 8, of a story" in rows and result.output.count("\n--- ") == 6
-    for kind in ("of a story", "at random"):
+    assert len(rows) == 13 and "before, best of 8, of a story" in rows and result.output.count("\n--- ") == 6
+    for kind in ("of a story", "known words", "at random"):
         before, after = (rows[f"{when}, temperature 1, {kind}"] for when in ("before", "after"))
         assert {**before, "name": ""} == {**after, "name": ""}, "the same model and the same random numbers"
         assert all(0 <= before[title][0] <= 1 for title in ("words used", "all three", "ended", "3-grams"))
+        assert 0 <= before["grammatical"][0] <= 1
     assert figures["losses"]["before"] == figures["losses"]["after"]
 
 

@@ -3,11 +3,12 @@
     python tests/benchmarks/reinforce_words.py --data-dir data/words --before out/words/best.pt --after out/rl/best.pt \
         --plain out/plain/best.pt
 
-Prompts name three content words of one validation story, two of them held out, or three held-out words at random. Beside
-both models stands what costs no training: the best of 8 stories of the model before, by the same reward. Standard errors
-are over prompts.
+Prompts name three content words of one validation story, two of them held out, or none, or three held-out words at random.
+Beside both models stands what costs no training: the best of 8 stories of the model before, by the same reward. Standard
+errors are over prompts.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -103,6 +104,8 @@ def main(data_dir, before, after, plain, count, seed, device, memory_gib, json_p
         words = [str(word) for word in rng.choice(sorted(held_out), 3, replace=False)]
         at_random.append(reinforce.Prompt(words, [tokenizer.bos_id, *tokenizer.encode(word_prompt(words))]))
     built_in = corpus.meta["arguments"]["dataset"] == "sample"
+    order = rng.permutation(len(corpus.val.story_starts))
+    of_known = [*itertools.islice(reinforce.word_prompts(corpus.val, tokenizer, order, [(known, 3)], rng), count)]
     judge = load_checkpoint(plain)[0].to(device) if plain else None
     rows, examples = [], {}
 
@@ -122,7 +125,7 @@ def main(data_dir, before, after, plain, count, seed, device, memory_gib, json_p
         model.eval()
         prepare_for_inference(model, device, dtype if device.type == "cuda" else torch.float32)
         for setting, sampling in SAMPLINGS.items():
-            for kind, prompts in (("of a story", of_story), ("at random", at_random)):
+            for kind, prompts in (("of a story", of_story), ("known words", of_known), ("at random", at_random)):
                 stories = [first for first, *_ in write(model, prompts, tokenizer, sampling, 1, seed)]
                 add(f"{when}, {setting}, {kind}", stories)
                 examples.setdefault(when, stories[:3])
