@@ -20,57 +20,54 @@ X_AXES = {"iteration": ("iter", 1, "iteration"), "tokens": ("tokens", 1e6, "toke
 TABLE = (("training", "train_loss", None),  # title of the row, name in metrics.jsonl, name of its floor
          ("validation", "val_loss", "floor"), ("  bits per byte", "val_bpb", None),
          ("whole validation", "full_val_loss", "full_floor"), ("  bits per byte", "full_val_bpb", None))
-PANELS = ("grad-norm", "loss-scale", "tokens-per-second")
 WATCH_SECONDS = 5  # a picture takes half a second of a CPU on which a run may be training
 
 
 class RunMetrics:
-    """The metrics of one out folder: `lines` has a dict per iteration, `train` and `val` those with such a loss."""
+    """The metrics of one out folder: `lines` has a dict per iteration."""
 
     def __init__(self, folder):
         self.folder, self.label = folder, str(folder)[-60:]  # the picture has no room for more
         self.lines, self.notes = read_metrics(folder / "metrics.jsonl")
-        self.train, self.val = ([line for line in self.lines if name in line] for name in ("train_loss", "val_loss"))
-        self.best = lowest(self.val, "val_loss")
-        self.has_loss = bool(self.best or lowest(self.train, "train_loss"))
-        if not self.has_loss:
+        if not self.lines:
             self.notes.append(f"{folder}: no metrics.jsonl with a loss, skipped.")
-        self.vocab_size, self.ended = None, False  # costs only the line for guessing and the end of --watch
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        self.vocab_size, self.ended = None, False
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             self.vocab_size = config["model"]["vocab_size"]
             max_iters = (config.get("train") or config["reinforce"])["max_iters"]
-            self.ended = bool(self.val) and self.val[-1]["iter"] >= max_iters  # a run ends with an evaluation
+            self.ended = self.lines_with("val_loss")[-1]["iter"] >= max_iters  # a run ends with an evaluation
+
+    def lines_with(self, name):
+        return [line for line in self.lines if name in line]
+
+    def lowest(self, name):
+        """The line with the lowest finite value, or None."""
+        lines = [line for line in self.lines_with(name) if math.isfinite(line[name])]
+        return min(lines, key=lambda line: line[name], default=None)
 
 
 def read_metrics(path):
-    """One dict per iteration, in order, and notes on what was skipped.
-
-    A value that was not finite is nan. Of a repeated iteration the last line counts.
-    """
+    """One dict per iteration, where a value that was not finite is nan, and notes on damaged lines."""
     by_iter, notes = {}, []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, 1):
         try:
             line = {name: math.nan if value is None else float(value) for name, value in json.loads(text).items()}
             i, _, _ = line["iter"], line["tokens"], line["seconds"]  # each line has them
-            by_iter[i] = by_iter.get(i, {}) | line  # training and evaluation have a line each
+            by_iter[i] = by_iter.get(i, {}) | line  # training and evaluation have a line each; the last one counts
         except (ValueError, TypeError, AttributeError, KeyError):
             notes.append(f"{path}, line {number} is damaged or still being written: skipped.")
     return [by_iter[i] for i in sorted(by_iter)], notes
 
 
-def lowest(lines, name):
-    """The line with the lowest finite value, or None."""
-    return min((line for line in lines if math.isfinite(line[name])), key=lambda line: line[name], default=None)
-
-
 def read_runs(folders):
     """The runs among the folders; the others are skipped with a note. UserError if there is none."""
-    runs = list(map(RunMetrics, folders))
-    for note in (note for run in runs for note in run.notes):
-        click.echo(note, err=True)
-    runs = [run for run in runs if run.has_loss]
+    runs = [RunMetrics(folder) for folder in folders]
+    for run in runs:
+        for note in run.notes:
+            click.echo(note, err=True)
+    runs = [run for run in runs if run.lines]
     if not runs:
         first = folders[0]
         nearby = [*first.glob("*/metrics.jsonl"), *first.parent.glob("metrics.jsonl")]
@@ -85,9 +82,8 @@ def summary(run):
     rows = [f"{run.folder}\n  {last['iter']:,.0f} iterations, {last['tokens']:,.0f} tokens, "
             f"{last['seconds'] / 60:,.1f} minutes of training", row("nats per token", "initial", "final", "best")]
     for title, name, floor_name in TABLE:
-        lines = [line for line in run.lines if name in line]
-        if lines:
-            lines = [lines[0], lines[-1], lowest(lines, name) or lines[0]]
+        if lines := run.lines_with(name):
+            lines = [lines[0], lines[-1], run.lowest(name) or lines[0]]
             rows.append(row(title, *(f"{line[name]:.4f} at {line['iter']:,.0f}" for line in lines)))
             if floor := lines[1].get(floor_name):  # above 100% a distance means nothing yet
                 distances = [line[name] / floor - 1 for line in lines]
@@ -96,27 +92,24 @@ def summary(run):
 
 
 def watch_runs(folders, redraw):
-    """Call redraw(runs), which returns a path, whenever a run has written, until there is an ended run in each folder.
-
-    Before the first loss it waits: train.py may have been started a moment ago.
-    """
-    seen, terminal = None, sys.stdout.isatty()
-    paths = [folder / name for folder in folders for name in ("metrics.jsonl", "config.json")]  # --hours changes both
+    """Call redraw(runs), which returns a path, whenever a run has written, until all have ended."""
+    drawn, terminal = None, sys.stdout.isatty()
     while True:
-        contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
-        if contents != seen:
-            runs = list(map(RunMetrics, folders))
-            if all(run.ended for run in runs):
-                return click.echo(nl=terminal and seen is not None)
-            if drawable := [run for run in runs if run.has_loss]:
-                iterations = ", ".join(f"{run.lines[-1]['iter']:,.0f}" for run in drawable)
-                line = f"Iteration {iterations} (Ctrl-C exits): {redraw(drawable)}"
+        runs = [RunMetrics(folder) for folder in folders]
+        if all(run.ended for run in runs):
+            return click.echo(nl=terminal and drawn is not None)
+        runs = [run for run in runs if run.lines]
+        values = [sum(map(len, run.lines)) for run in runs]
+        if values != drawn:
+            drawn = values
+            if runs:
+                iterations = ", ".join(f"{run.lines[-1]['iter']:,.0f}" for run in runs)
+                line = f"Iteration {iterations} (Ctrl-C exits): {redraw(runs)}"
             else:
                 line = f"Waiting for the first loss (Ctrl-C exits): {', '.join(map(str, folders))}"
             if terminal:  # in place, and short enough not to scroll
                 line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
             click.echo(line, nl=not terminal)
-            seen = contents
         time.sleep(WATCH_SECONDS)
 
 
@@ -129,19 +122,18 @@ def running_mean(values, width):
     return [fmean(values[max(0, i - half):i + min(i, half) + 1]) for i in range(len(values))]
 
 
-def draw_curve(axis, i, lines, name, width=1, **style):
-    """A value of run number i over x; nan is a gap. Few points are marked: a line of one point would be invisible."""
+def draw_curve(axis, i, run, name, width=1, **style):
+    """Plot a value of run number i. Few points are marked: a line of one point would be invisible."""
+    lines = run.lines_with(name)
     look = dict(color=f"C{i}", ls=("-", "--", ":")[i // 6 % 3], lw=1, marker="o" if len(lines) <= 40 else "", ms=3)
-    values = [line.get(name, math.nan) for line in lines]
-    axis.plot([line["x"] for line in lines], running_mean(values, width), **look | style)
+    values = running_mean([line[name] for line in lines], width)
+    axis.plot([line["x"] for line in lines], values, **look | style)
 
 
 def fit_y(axis):
     """Limit a linear axis to what comes after a fifth of each curve, where the fall before takes twice that height."""
-    later = []
-    for line in axis.lines:
-        points = [(x, y) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)]
-        later += [y for x, y in points if x >= 0.2 * points[-1][0]]
+    later = [y for curve in axis.lines for x, y in curve.get_xydata()
+             if math.isfinite(y) and x >= 0.2 * curve.get_xdata()[-1]]
     if later and axis.get_xscale() == axis.get_yscale() == "linear":
         low, high = min(later), max(later)
         if axis.dataLim.y1 > high + 2 * (high - low):
@@ -152,28 +144,22 @@ def fit_y(axis):
 def draw_loss(axis, runs, smooth, bits):
     """Training and validation, a ring around the best. Only validation is logged in bits per byte."""
     name, unit = ("val_bpb", "bits per byte") if bits else ("val_loss", "nats per token")
-    single = len(runs) == 1
+    single, floors = len(runs) == 1, set()
     for i, run in enumerate(runs):
-        if run.train and not bits:
-            draw_curve(axis, i, run.train, "train_loss", alpha=0.3)
-            width = smooth or max(1, len(run.train) // 50)
-            draw_curve(axis, i, run.train, "train_loss", width, lw=1.8, label="training" if single else None)
-        best = f"best {run.best[name]:.3f}" if run.best else "none yet"
-        own = dict(color="C2", label=f"validation: {best}") if single else dict(label=f"{best}: {run.label}")
-        draw_curve(axis, i, run.val, name, marker="o", ms=5, **own)
-        if run.best:
-            x, y = run.best["x"], run.best[name]
-            axis.plot(x, y, "o", ms=12, mfc="none", mec="black", zorder=4)
-            if single:  # several numbers would cover one another
-                axis.annotate(f"{y:.3f}", (x, y), (0, 9), textcoords="offset points", ha="center")
-    floor, *other_floors = {run.best and run.best.get("floor") for run in runs}
-    if floor and not other_floors:
+        if not bits and (lines := run.lines_with("train_loss")):
+            draw_curve(axis, i, run, "train_loss", alpha=0.3)
+            draw_curve(axis, i, run, "train_loss", smooth or max(1, len(lines) // 50), lw=1.8,
+                       label="training" if single else None)
+        best = run.lowest(name)
+        floors.add(best and best.get("floor"))
+        label = f"best {best[name]:.3f}" if best else "none yet"
+        own = dict(color="C2", label=f"validation: {label}") if single else dict(label=f"{label}: {run.label}")
+        draw_curve(axis, i, run, name, marker="o", ms=5, **own)
+        if best:
+            axis.plot(best["x"], best[name], "o", ms=12, mfc="none", mec="black", zorder=4)
+    if len(floors) == 1 and (floor := floors.pop()):
         axis.axhline(floor, color="gray", ls=":", label=f"corpus floor: {floor:.3f}")
     fit_y(axis)
-    low, high = axis.get_ylim()
-    size, *other_sizes = {run.vocab_size for run in runs}
-    if size and not other_sizes and low < math.log(size) < high:
-        axis.axhline(math.log(size), color="gray", ls="--", label=f"guessing: ln {size} = {math.log(size):.2f}")
     axis.set_ylabel(f"loss, {unit}")
     axis.figure.legend(loc="outside upper left", alignment="left", ncols=3 if single else 1,
                        title=runs[0].label if single else "large markers: validation")
@@ -184,7 +170,7 @@ def vocabularies_differ(runs):
 
 
 def draw(runs, output, x, smooth, panels, log_x, log_y):
-    """Write the picture: loss above, learning rate and the panels asked for below, all over one x axis; its path."""
+    """Write the picture (loss above, learning rate and panels below, over one x axis) and return its path."""
     import matplotlib.style
     from matplotlib.figure import Figure  # without pyplot no display is needed
 
@@ -200,8 +186,6 @@ def draw(runs, output, x, smooth, panels, log_x, log_y):
         top, *below = figure.subplots(1 + len(names), sharex=True, height_ratios=[4] + [1] * len(names))
         if log_x:
             top.set_xscale("log", nonpositive="mask")
-        elif x == "iteration":
-            top.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if log_y:
             top.set_yscale("log", subs=(1.5, 2, 3, 4, 6))
             top.yaxis.set_major_formatter("{x:g}")
@@ -209,13 +193,13 @@ def draw(runs, output, x, smooth, panels, log_x, log_y):
         draw_loss(top, runs, smooth, vocabularies_differ(runs))
         for axis, name in zip(below, names, strict=True):
             for i, run in enumerate(runs):
-                draw_curve(axis, i, [line for line in run.lines if name in line], name)
+                draw_curve(axis, i, run, name)
             axis.set_title("learning rate" if name == "lr" else name.replace("_", " "), loc="left", fontsize=10)
-            if name == "loss_scale":  # the GradScaler halves and doubles it
+            if name == "loss_scale":
                 axis.set_yscale("log", base=2)
             fit_y(axis)
         below[-1].set_xlabel(x_label)
-        with atomic_write(output) as file:  # a viewer that follows a run never opens half a picture
+        with atomic_write(output) as file:
             figure.savefig(file, dpi=200, format=output.suffix[1:].lower())
     return output
 
@@ -228,7 +212,7 @@ def draw(runs, output, x, smooth, panels, log_x, log_y):
 @click.option("--x", type=click.Choice(list(X_AXES)), default="iteration", help="x axis  [default: iteration]")
 @click.option("--smooth", type=click.IntRange(1), metavar="N",
               help="log lines averaged per point  [default: a fiftieth of them]")
-@click.option("--panel", "panels", multiple=True, type=click.Choice(PANELS),
+@click.option("--panel", "panels", type=click.Choice(["grad-norm", "loss-scale", "tokens-per-second"]), multiple=True,
               help="add a panel; may be given several times")
 @click.option("--log-x", is_flag=True, help="logarithmic x axis")
 @click.option("--log-y", is_flag=True, help="logarithmic loss axis")
@@ -241,7 +225,6 @@ def main(run, out_dir, output, watch, **look):
     if output and output.suffix.lower() not in (".png", ".svg"):
         raise UserError(f"{output} is neither .png nor .svg. Type: --output {quoted(output.with_suffix('.png'))}")
     folders = run + (out_dir,) if out_dir else run or (Path("out"),)
-    folders = list({folder.resolve(): folder for folder in folders}.values())
     if watch:
         watch_runs(folders, lambda runs: draw(runs, output, **look))
     runs = read_runs(folders)

@@ -279,9 +279,10 @@ def reinforce(model, checkpoint, corpus, config, stop):
             result |= estimate_loss(model, validation, config.batch_size, device, dtype)
             model.eval()
             start = start or result
+            most_repeated = max(start["repeated_4grams"], usual.repeated_4grams, FEW_REPEATED)
             passed = (result["val_loss"] <= start["val_loss"] + MAX_VAL_LOSS_RISE
                       and result["ended"] >= min(start["ended"], ENOUGH_ENDED)
-                      and result["repeated_4grams"] <= max(start["repeated_4grams"], usual.repeated_4grams, FEW_REPEATED))
+                      and result["repeated_4grams"] <= most_repeated)
             metrics.write(iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
             print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
                    f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "

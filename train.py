@@ -37,13 +37,13 @@ from model import (GPT, TrainingLoss, autocast, choose_device, choose_dtype, cud
 
 # Settings that may change with --resume; all others come from the checkpoint.
 RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "hours", "max_iters", "batch_size", "device", "dtype", "compile",
-                     "activation_checkpointing", "log_interval", "eval_interval", "eval_tokens", "final_eval_tokens",
-                     "sample_tokens", "save_minutes"}
+                     "activation_checkpointing", "log_interval", "eval_interval", "final_eval_tokens", "sample_tokens",
+                     "save_minutes"}
 MANY_EPOCHS = 20            # beyond these a model of this size overfits
 COMPILE_MIN_ITERS = 500     # shorter runs do not regain the half minute that compiling takes
 MAX_CONSECUTIVE_SKIPS = 30
 PLAN_ITERS = 4
-MEASURE_SECONDS = 2         # of a speed, at least
+MEASURE_SECONDS = 2         # enough to tell a speed
 LONG_FLOPS = 1e15           # runs of more than these floating-point operations could take a day on a slow device
 LONG_HOURS = 24             # before one that does, other commands are suggested
 
@@ -274,11 +274,10 @@ def measure_iteration(forward, batch_size, accum_steps, run):
             torch.accelerator.synchronize(run.device)
         return time.perf_counter() - started
 
-    seconds(1)  # warms up
     one, two = seconds(1), seconds(2)
-    if one * accum_steps < MEASURE_SECONDS:
-        return statistics.median(seconds(accum_steps) for _ in range(5))
-    return one + (accum_steps - 1) * (two - one)
+    if two * accum_steps > 2 * MEASURE_SECONDS:  # slow enough to be exact
+        return one + (accum_steps - 1) * (two - one)
+    return statistics.median(seconds(accum_steps) for _ in range(5))
 
 
 def fit_hours(run, seconds_per_iter, pause):
@@ -481,10 +480,10 @@ class Run:
     def evaluate(self, log, batch_size):
         """Log an evaluation, print a story, and save the weights as best.pt if they are the best so far."""
         config, state = self.config, self.state
-        result = self.measure(self.model, config.eval_tokens, batch_size)
+        result = self.measure(config.eval_tokens, batch_size)
         message = f"iter {state.iter}: validation {describe_loss(**result)}"
         if state.iter == config.max_iters:
-            full = self.measure(self.model, config.final_eval_tokens, batch_size)
+            full = self.measure(config.final_eval_tokens, batch_size)
             tokens = f"{config.final_eval_tokens:,} tokens" if config.final_eval_tokens else "the whole validation set"
             message += f"\n{tokens}: {describe_loss(**full)}"
             result |= {f"full_{name}": value for name, value in full.items()}
@@ -499,16 +498,9 @@ class Run:
             state.best_val = result["val_loss"]
             self.save("best.pt", resumable=False)
 
-    def measure(self, model, tokens, batch_size):
-        validation = Validation(self.corpus, model.config.block_size, tokens, self.config.align_stories)
-        return estimate_loss(model, validation, batch_size, self.device, self.dtype)
-
-    def remeasure_best(self, batch_size):
-        """Compare later weights with best.pt on the same tokens, after --eval-tokens changed."""
-        path = self.out_dir / "best.pt"
-        if path.exists():
-            best = load_checkpoint(path)[0].to(self.device)
-            self.state.best_val = self.measure(best, self.config.eval_tokens, batch_size)["val_loss"]
+    def measure(self, tokens, batch_size):
+        validation = Validation(self.corpus, self.model.config.block_size, tokens, self.config.align_stories)
+        return estimate_loss(self.model, validation, batch_size, self.device, self.dtype)
 
 
 def describe_loss(val_loss, val_bpb, floor=None):
@@ -874,8 +866,6 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
                 batch_size = find_batch_size(run)
                 print0(f"--batch-size auto: micro-batches of {batch_size} fit.")
             describe(run, batch_size)
-            if resume and "eval_tokens" in given:
-                run.remeasure_best(batch_size)
             stop_signal = train(run, batch_size, stop, overwrite, plan)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
