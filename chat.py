@@ -24,8 +24,8 @@ from pathlib import Path
 import click
 import torch
 
-from config import (CONTEXT_SETTINGS, Command, SampleConfig, TrainConfig, UserError, only_fields,
-                    refuse_without_effect, setting_options, wrapped)
+from config import (CONTEXT_SETTINGS, Command, SampleConfig, UserError, only_fields, refuse_without_effect,
+                    setting_options, wrapped)
 from data import CONTROL_CHARACTERS, WORDS, Tokenizer, word_prompt, words_used
 from model import (choose_device, choose_dtype, find_checkpoint, load_checkpoint, out_of_memory_advice,
                    prepare_for_inference)
@@ -49,22 +49,14 @@ Enter            a new story, or more with --keep-context
 Ctrl-C           stop the model; what it wrote is kept"""
 
 
-# -----------------------------------------------------------------------------
-# Printing
-
 def print_text(text):
-    """Print a piece of the model's text at once."""
     click.echo(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text, nl=False)
 
 
 def print_note(text):
-    """Print anything else, on a terminal wrapped and dim."""
-    text = click.style(wrapped(text, sys.stderr), dim=True)
-    click.echo(text, err=True, color=False if os.environ.get("NO_COLOR") else None)
+    """Print what is not the model's text, wrapped and dim on a terminal."""
+    click.secho(wrapped(text, sys.stderr), err=True, dim=True, color=False if os.environ.get("NO_COLOR") else None)
 
-
-# -----------------------------------------------------------------------------
-# Generation
 
 class LoadedModel:
     """A trained model on its device, its tokenizer, and a line that describes it."""
@@ -73,20 +65,17 @@ class LoadedModel:
         self.device = choose_device(device)
         dtype = choose_dtype(dtype, self.device, generating=True)
         self.model, checkpoint = load_checkpoint(path)
-        self.block_size = self.model.config.block_size
         self.word_prompts = checkpoint.get("word_prompts")
         self.tokenizer = Tokenizer(checkpoint["tokenizer"], path)
         prepare_for_inference(self.model, self.device, dtype)
-        state = checkpoint.get("state") or checkpoint.get("progress", {})  # older checkpoints call it progress
-        self.description = f"{path}: {self.model.count_parameters() / 1e6:.2f} M parameters"
-        if "iter" in state:
-            self.description += f", iteration {state['iter']:,}"
-        if math.isfinite(state.get("best_val", math.inf)):
-            self.description += f", best validation loss {state['best_val']:.4f}"
-        self.description += f"; {self.device}, {str(dtype).removeprefix('torch.')}."
+        size, state = f"{self.model.count_parameters() / 1e6:.2f} M parameters", checkpoint.get("state")
+        trained = f", iteration {state['iter']:,}" if state else ""
+        if state and state["best_val"] < math.inf:
+            trained += f", best validation loss {state['best_val']:.4f}"
+        self.description = f"{path}: {size}{trained}; {self.device}, {str(dtype).removeprefix('torch.')}."
 
     def generate(self, ids, sampling, seed, count):
-        """Yield the next token of each of `count` continuations of the prompt `ids`, as a list; -1: it has ended."""
+        """Yield a list of the next tokens of `count` continuations of the prompt `ids`; -1: it has ended."""
         idx = torch.tensor([ids], device=self.device).expand(count, -1)
         generator = torch.Generator(self.device).manual_seed(seed)
         advice = f"--num-samples {count // 2}" if count > 1 else "--device cpu"
@@ -101,25 +90,25 @@ class Reply:
 
     def __init__(self, tokenizer, sampling, stops):
         self.tokenizer, self.sampling = tokenizer, sampling
-        self.stops = [stop.replace(r"\n", "\n") for stop in stops]
+        self.stops = [stop.replace(r"\n", "\n") for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
         self.text = ""
         self.printed = 0  # characters
-        self.tokens = 0  # without the end of the story
+        self.tokens = 0
         self.stop = None  # why it ended: end of story, length, stop string, interrupted
 
     def add(self, token):
         """Append a token; -1 ends the text."""
+        if self.stop:
+            return
         if token == -1:
             self.text += self.decoder.decode(b"", final=True)
             self.stop = "length" if self.tokens == self.sampling.max_new_tokens else "end of story"
             return
         self.tokens += 1
         self.text += self.decoder.decode(self.tokenizer.token_bytes[token])
-        found = [self.text.index(stop) for stop in self.stops if stop in self.text]
-        if found:
-            self.text = self.text[:min(found)]
-            self.stop = "stop string"
+        if found := [self.text.index(stop) for stop in self.stops if stop in self.text]:
+            self.text, self.stop = self.text[:min(found)], "stop string"
 
     def next_piece(self):
         """The text to print now: what is new, but not the last characters while they may begin a stop string."""
@@ -129,13 +118,12 @@ class Reply:
 
 
 # -----------------------------------------------------------------------------
-# A session: the settings, the story so far, the last turn
+# A session
 
 def append_text(story, text):
     """The story and the user's text, with a space between them unless one is there or punctuation begins."""
-    if not story or not text or story[-1].isspace() or text[0].isspace() or text[0] in ",.;:!?'\"-)":
-        return story + text
-    return f"{story} {text}"
+    add_space = story and text and not story[-1].isspace() and text[0] not in " \t\n,.;:!?'\"-)"
+    return f"{story} {text}" if add_space else story + text
 
 
 def parse_words(text):
@@ -153,27 +141,25 @@ class Session:
     stops: tuple
     keep_context: bool
     story: str = ""  # what keep-context carries
-    context_tokens: int = 0  # of the last prompt and its continuation
     last: tuple | None = None  # for /retry: the story before the last turn, its text, its seed and its words
 
     def write(self, text, count=1, as_json=False, seed=None, words=()):
-        """Print `count` continuations of `text`, or of the story and `text`; a single one while it is generated."""
+        """Print `count` continuations of `text`, or of the story and `text`; a single one as it is generated."""
+        if words and not self.loaded.word_prompts:
+            print_note("This model was trained without word prompts. To train one with them:\n"
+                       "python preprocess.py prepare-dataset --word-prompts 0.8 --data-dir data/words")
         if seed is None:
             seed = secrets.randbelow(2**31) if self.sampling.seed is None else self.sampling.seed
         prompt = append_text(self.story, text) if self.keep_context else text
         header = word_prompt(words) if words else ""
-        if words and not self.loaded.word_prompts:
-            print_note("This model was trained without word prompts and may ignore the words. To train one with them:\n"
-                       "python preprocess.py prepare-dataset --word-prompts 0.8 --data-dir data/words")
-        tokenizer, start = self.loaded.tokenizer, time.perf_counter()
+        tokenizer = self.loaded.tokenizer
         ids = [tokenizer.bos_id, *tokenizer.encode(header + prompt)]
         replies = [Reply(tokenizer, self.sampling, self.stops) for _ in range(count)]
-        single = count == 1 and not as_json
+        single, start = count == 1 and not as_json, time.perf_counter()
         try:
             for step in self.loaded.generate(ids, self.sampling, seed, count):
                 for reply, token in zip(replies, step, strict=True):
-                    if not reply.stop:
-                        reply.add(token)
+                    reply.add(token)
                 if single:
                     print_text(replies[0].next_piece())
                 if all(reply.stop for reply in replies):
@@ -181,35 +167,30 @@ class Session:
         except KeyboardInterrupt:
             for reply in replies:
                 reply.stop = reply.stop or "interrupted"
+        seconds = time.perf_counter() - start
         self.story, self.last = header + prompt + replies[0].text, (self.story, text, seed, words)
         used = [words_used(words, prompt + reply.text) for reply in replies]
         if single:
-            print_text(replies[0].next_piece())
-            if not replies[0].text.endswith("\n"):
-                click.echo()
+            print_text(replies[0].next_piece() + ("" if replies[0].text.endswith("\n") else "\n"))
         elif as_json:
             for i, reply in enumerate(replies):
                 row = dict(prompt=prompt, text=reply.text, stop=reply.stop, tokens=reply.tokens, seed=seed, sample=i)
                 click.echo(json.dumps(row | (dict(words=words, words_used=used[i]) if words else {})))
         else:
             print_text("---\n".join(reply.text.removesuffix("\n") + "\n" for reply in replies))
-        self.print_statistics(replies, len(ids), seed, time.perf_counter() - start)
-        if words:
-            uses = Counter(word for story in used for word in story)
-            found = ", ".join(f"{uses[word]} x {word}" if count > 1 else word for word in words if uses[word])
-            missing = ", ".join(word for word in words if not uses[word])
-            print_note(f"[words used: {found or 'none'}; not used: {missing or 'none'}]")
-        return replies
-
-    def print_statistics(self, replies, prompt_tokens, seed, seconds):
-        tokens, block_size = [reply.tokens for reply in replies], self.loaded.block_size
-        before, self.context_tokens = self.context_tokens, prompt_tokens + max(tokens)
-        if before <= block_size < self.context_tokens:
-            print_note(f"The text has outgrown the model's window of {block_size} tokens: it sees only the last part.")
+        tokens = [reply.tokens for reply in replies]
         stops = Counter(reply.stop for reply in replies)
-        why = ", ".join(f"{n} x {stop}" if len(replies) > 1 else stop for stop, n in stops.items())
+        why = ", ".join(f"{n} x {stop}" if count > 1 else stop for stop, n in stops.items())
+        context, block_size = len(ids) + max(tokens), self.loaded.model.config.block_size
+        outgrown = " (outgrown: the model sees only the end)" if context > block_size else ""
         print_note(f"[{sum(tokens):,} tokens, {sum(tokens) / seconds:,.0f} tokens/s, {why}, context "
-                   f"{min(self.context_tokens, block_size)} of {block_size}, seed {seed}]")
+                   f"{min(context, block_size)} of {block_size}{outgrown}, seed {seed}]")
+        if words and count == 1:
+            print_note(f"[words used: {', '.join(used[0]) or 'none'} ({len(used[0])} of {len(words)})]")
+        elif words:
+            uses = ", ".join(f"{sum(word in story for story in used)} x {word}" for word in words)
+            print_note(f"[words used: {uses}]")
+        return replies
 
     def options(self):
         """{name: value} of what /set can change, as it is typed."""
@@ -219,8 +200,8 @@ class Session:
 
     def set_option(self, name, value):
         if name == "stop":
-            texts = re.findall(r'"([^"]+)"|([^"\s]+)', value) if value != "none" else []
-            self.stops = ["".join(text) for text in texts]
+            texts = re.findall(r'"[^"]+"|[^"\s]+', value) if value != "none" else []
+            self.stops = tuple(text.strip('"') for text in texts)
         elif name == "keep-context":
             self.keep_context = click.BOOL.convert(value, None, None)
         else:
@@ -240,7 +221,7 @@ def read_line(prompt):
 
 def more_pasted():
     """Whether another line is there already, sooner than anyone types one. Windows cannot tell."""
-    return os.name == "posix" and bool(select.select([sys.stdin], [], [], 0.02)[0])
+    return os.name == "posix" and select.select([sys.stdin], [], [], 0.02)[0]
 
 
 def read_rest(text):
@@ -257,8 +238,7 @@ def read_rest(text):
 
 def clean_prompt(text):
     """`text` as the training text is: LF between lines, no byte order mark, no newline or spaces at the end."""
-    text = text.encode("utf-8", "replace").decode()  # an argument that is not valid in the locale has lone surrogates
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").rstrip(" ")
+    return re.sub("\r\n?", "\n", text.removeprefix("\ufeff")).removesuffix("\n").rstrip(" ")
 
 
 def run_command(session, command, argument=""):
@@ -266,27 +246,25 @@ def run_command(session, command, argument=""):
     if command == "/help":
         print_note(HELP)
     elif command == "/show":
-        used, block_size = session.context_tokens if session.keep_context else 0, session.loaded.block_size
-        print_note(f"{session.loaded.description} The story so far takes {used} of {block_size} tokens.")
-        print_note("\n".join(f"{name} = {value}" for name, value in options.items()))
+        print_note("\n".join([session.loaded.description, *(f"{name} = {value}" for name, value in options.items())]))
     elif command == "/set":
         name, value = re.fullmatch(r"-*([\w-]*)[\s=]*(.*)", argument.strip()).groups()
         name = name.replace("_", "-")
         if name not in options:
-            raise UserError(f"no setting is called {name!r}: /show lists them, /set NAME VALUE changes one.")
+            raise UserError(f"no setting is called {name!r}: /show lists them.")
         if value:
             session.set_option(name, value)
         print_note(f"{name} = {session.options()[name]}")
     elif command == "/retry" and session.last:
         session.story, text, seed, words = session.last
-        session.write(text, seed=(seed + 1) % 2**63, words=words)
+        session.write(text, seed=seed + 1, words=words)
     elif command == "/retry":
         print_note("There is nothing to regenerate yet: type a text.")
     elif command == "/words":
-        words, session.story, session.context_tokens = parse_words(argument), "", 0
+        words, session.story = parse_words(argument), ""
         session.write("", words=words)
     elif command == "/reset":
-        session.story, session.context_tokens, session.last = "", 0, None
+        session.story, session.last = "", None
         print_note("A new story begins.")
     else:
         print_note(f"{command} is not a command: /help lists them. To begin a text with a slash, type //.")
@@ -304,7 +282,7 @@ def chat_loop(session):
         try:
             line = read_line("Story> ")
             pressed = False
-            if line.strip() in ("quit", "exit", "/quit", "/exit"):
+            if line.strip().removeprefix("/") in ("quit", "exit"):
                 return
             if line.startswith("/") and not line.startswith("//"):
                 run_command(session, *line.split(maxsplit=1))
@@ -324,28 +302,23 @@ def chat_loop(session):
                 print_note("Ctrl-C again exits, as does /quit.")
 
 
-# -----------------------------------------------------------------------------
-# The command
-
 def read_piped():
     """All of standard input: UTF-8 whatever the locale says, else in the encoding of the locale."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode()
     except UnicodeDecodeError:
-        print_note(f"The input is not UTF-8; it is read as {sys.stdin.encoding}.")
         return data.decode(sys.stdin.encoding, "replace")
 
 
 @click.command(cls=Command, context_settings=CONTEXT_SETTINGS)
 @click.option("--prompt", metavar="TEXT",
-              help='continue TEXT and exit, without reading any input; "" writes a story from nothing, '
-              r"and \n is a newline")
+              help=r'continue TEXT and exit; "" writes a story from nothing, and \n is a newline')
 @click.option("--words", metavar="WORDS",
-              help='write a story with one to five words ("fox, umbrella, rain") and exit, without reading any input; '
-              "with --prompt it begins with TEXT; for a model trained with word prompts")
+              help='write a story with one to five words ("fox, umbrella, rain") and exit; with --prompt '
+              "it begins with TEXT; for a model trained with word prompts")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, metavar="N",
-              help="continuations of --prompt, --words or piped input, generated as one batch  [default: 1]")
+              help="continuations, generated as one batch  [default: 1]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines: one object per sample")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT",
               help=r"end a continuation before TEXT (\n: a newline); may be given several times")
@@ -353,8 +326,8 @@ def read_piped():
               help="keep the story so far as context: you and the model write it in turns")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
               help="the trained model  [default: best.pt in --out-dir, else ckpt.pt]")
-@click.option("--out-dir", type=click.Path(path_type=Path), default=TrainConfig.out_dir, metavar="FOLDER",
-              help=f"the run to talk to  [default: {TrainConfig.out_dir}]")
+@click.option("--out-dir", type=click.Path(path_type=Path), default="out", metavar="FOLDER",
+              help="the run to talk to  [default: out]")
 @click.option("--device", default="auto", metavar="NAME",
               help="cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu  [default: auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
@@ -363,11 +336,9 @@ def read_piped():
 def main(prompt, words, num_samples, as_json, stops, keep_context, checkpoint, out_dir, device, dtype, **sampling):
     """Continue text with a trained model.
 
-    On a terminal it reads one text at a time (/help lists the commands). With --prompt, --words or piped input it
-    prints only the continuation to standard output.
+    On a terminal it is a conversation (/help lists the commands). With --prompt, --words or piped input it prints
+    only the continuation to standard output.
     """
-    if "" in stops:
-        raise click.UsageError("--stop is empty: pass the text to stop at.")
     if words is not None:
         words, prompt = parse_words(words), prompt or ""
     if prompt is not None:
@@ -375,16 +346,16 @@ def main(prompt, words, num_samples, as_json, stops, keep_context, checkpoint, o
     elif not sys.stdin.isatty():
         prompt = read_piped()
         if not prompt:
-            return print_note('The input is empty: there is nothing to continue. For a story from nothing: --prompt=""')
+            return print_note('The input is empty. For a story from nothing: --prompt=""')
     if prompt is None and (num_samples > 1 or as_json):
         raise click.UsageError("--num-samples and --json need a text: add --prompt TEXT, or pipe one in.")
     given = only_fields(SampleConfig, sampling)
     config = SampleConfig(**given)
-    no_dry = config.dry_multiplier == 0, "without --dry-multiplier: add, for example, --dry-multiplier 0.8"
-    greedy = config.temperature == 0, "with --temperature 0, which always takes the most likely token"
-    refuse_without_effect(given, {
-        "dry_base": no_dry, "dry_allowed_length": no_dry, "top_k": greedy, "top_p": greedy, "min_p": greedy,
-        "repetition_window": (config.repetition_penalty == 1, "with --repetition-penalty 1")})
+    no_dry = config.dry_multiplier == 0, "without DRY: add --dry-multiplier 0.8."
+    greedy = config.temperature == 0, "with --temperature 0: omit one."
+    no_penalty = config.repetition_penalty == 1, "with --repetition-penalty 1: omit one."
+    refuse_without_effect(given, dict(dry_base=no_dry, dry_allowed_length=no_dry, top_k=greedy, top_p=greedy,
+                                      min_p=greedy, repetition_window=no_penalty))
     loaded = LoadedModel(checkpoint or find_checkpoint(out_dir), device, dtype)
     session = Session(loaded, config, stops, keep_context)
     if prompt is None:

@@ -5,7 +5,6 @@ Also what every script needs: the error a user sees, how a file is replaced, and
 
 import contextlib
 import errno
-import math
 import os
 import re
 import shutil
@@ -123,11 +122,9 @@ def setting(default, help, type, *, group=None, metavar=None):
     return field(default=default, metadata=dict(help=help, type=type, group=group, metavar=metavar))
 
 
-# Settings as checkpoints and command lines of earlier versions spell them, and what users of nanoGPT type.
-RENAMED = {"min_lr_share": "min_lr_ratio", "decay_share": "decay_fraction",
-           "checkpoint_activations": "activation_checkpointing"}
-OTHER_FLAGS = RENAMED | {"lr": "learning_rate", "min_lr": "min_lr_ratio", "n_embed": "n_embd",
-                         "gradient_accumulation_steps": "tokens_per_iter"}
+# What users of nanoGPT type, and the settings here.
+OTHER_FLAGS = {"lr": "learning_rate", "min_lr": "min_lr_ratio", "n_embed": "n_embd",
+               "gradient_accumulation_steps": "tokens_per_iter"}
 
 
 @dataclass(frozen=True)
@@ -143,15 +140,13 @@ class Settings:
                 converted = f.metadata["type"].convert(value, None, None)
             except (click.BadParameter, TypeError) as error:
                 raise UserError(f"{flag(f.name)}: {getattr(error, 'message', error)}") from None
-            if isinstance(converted, float) and not math.isfinite(converted):
-                raise UserError(f"{flag(f.name)}: {value} is not a finite number.")
             object.__setattr__(self, f.name, converted)
 
     @classmethod
     def from_dict(cls, values, path):
         """The settings in a dict that was read from the file `path`. UserError if they are not of this version."""
         try:
-            return cls(**{RENAMED.get(name, name): value for name, value in values.items()})
+            return cls(**values)
         except (AttributeError, TypeError, UserError) as error:
             raise UserError(f"{path}: its settings are damaged or of another version ({short_message(error)}): use "
                             "another file, or train again with `python train.py`.") from error
@@ -187,6 +182,11 @@ class GPTConfig(Settings):
             raise UserError(f"n_embd is {self.n_embd}; it must be a multiple of n_head ({self.n_head}).")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
             raise UserError(f"n_embd / n_head is {self.n_embd // self.n_head}; rotary positions need an even number.")
+
+
+DEVICE = ("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING)
+DTYPE = ("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
+         Choice(["auto", "float32", "float16", "bfloat16"]))
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,8 @@ class TrainConfig(Settings):
 
     batch_size: int | str = setting(32, "sequences per forward pass (the memory dial: halve it when memory runs out; "
                                     "learning stays the same), or auto", IntOrAuto(), group="Memory and speed")
-    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING,
-                          metavar="NAME")
-    dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
-                         Choice(["auto", "float32", "float16", "bfloat16"]))
+    device: str = setting(*DEVICE, metavar="NAME")
+    dtype: str = setting(*DTYPE)
     compile: str = setting("auto", "torch.compile; auto: on CUDA with Triton, for runs of 500 iterations or more",
                            Choice(["auto", "on", "off"]))
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower",
@@ -287,10 +285,8 @@ class ReinforceConfig(Settings):
 
     batch_size: int = setting(64, "stories per forward pass of the update (the memory dial)", IntRange(1),
                               group="Memory and speed")
-    device: str = setting("auto", "cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu", STRING,
-                          metavar="NAME")
-    dtype: str = setting("auto", "precision of the matrix products; auto: float16 on CUDA, else float32",
-                         Choice(["auto", "float32", "float16", "bfloat16"]))
+    device: str = setting(*DEVICE, metavar="NAME")
+    dtype: str = setting(*DTYPE)
 
     eval_interval: int = setting(25, "iterations between evaluations", IntRange(1), group="Evaluation")
     eval_prompts: int = setting(256, "prompts with held-out words per evaluation", IntRange(1))

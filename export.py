@@ -39,7 +39,7 @@ def renamed_weights(model):
 
 
 def architecture(config):
-    """llama or qwen3, whichever computes what this model computes; UserError if neither does."""
+    """llama or qwen3, whichever computes the same as this model; UserError if neither does."""
     if config.position == "learned":
         obstacle, remedy = "learned positions", "--preset llama"
     elif config.qk_norm and config.bias:
@@ -84,7 +84,7 @@ def write_hf(output, model, tokenizer):
     from safetensors.torch import save
     config, kind = model.config, architecture(model.config)
     unk, bos, eos = (tokenizer.processor.id_to_piece(i) for i in range(3))
-    settings = {  # the keys of transformers 4, which version 5 reads too
+    files = {  # the keys of transformers 4, which version 5 reads too
         "config.json": dict(
             architectures=[f"{kind.capitalize()}ForCausalLM"], model_type=kind,
             vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
@@ -105,7 +105,7 @@ def write_hf(output, model, tokenizer):
             split_special_tokens=True,  # a literal "</s>" in a text is text, as in training
             padding_side="left", model_input_names=["input_ids", "attention_mask"]),
     }
-    contents = {name: json.dumps(values, indent=1).encode() for name, values in settings.items()}
+    contents = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
     contents["tokenizer.model"] = tokenizer.model_bytes
     contents["model.safetensors"] = save(dict(renamed_weights(model)), dict(format="pt"))
     for name, data in contents.items():
@@ -179,7 +179,7 @@ WRITERS = {"hf": write_hf, "gguf": write_gguf, "pt": write_pt, "tokenizer": writ
               help="folder (hf) or file to write")
 @click.option("--checkpoint", "checkpoint_path", type=click.Path(path_type=Path), metavar="FILE",
               help="model to export  [default: best.pt in --out-dir, else ckpt.pt]")
-@click.option("--out-dir", default="out", metavar="FOLDER", help="folder of a training run  [default: out]")
+@click.option("--out-dir", default="out", metavar="FOLDER", help="folder of the run  [default: out]")
 @click.option("--overwrite", is_flag=True, help="replace an earlier export")
 def main(format, output, checkpoint_path, out_dir, overwrite):
     """Convert a trained model to the format of another program.

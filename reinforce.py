@@ -35,8 +35,8 @@ from train import MetricsFile, StopRequest, estimate_loss, format_seconds, print
 
 # A model that unlearned more than this to please the reward is not kept.
 MAX_VAL_LOSS_RISE = 0.03  # nats, of text without word prompts
-ENOUGH_ENDED = 0.99       # fraction of stories: one in a hundred that does not end is chance
-FEW_REPEATED = 0.002      # fraction of 4-grams: less is chance too
+ENOUGH_ENDED = 0.98       # fraction of stories, and
+FEW_REPEATED = 0.002      # of 4-grams: what is worse than before, but better than these, is chance
 
 
 # -----------------------------------------------------------------------------

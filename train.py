@@ -42,7 +42,6 @@ RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "hours", "max_iters", "ba
 MANY_EPOCHS = 20            # beyond these a model of this size overfits
 COMPILE_MIN_ITERS = 500     # shorter runs do not regain the half minute that compiling takes
 MAX_CONSECUTIVE_SKIPS = 30
-PLAN_ITERS = 4
 MEASURE_SECONDS = 2         # enough to tell a speed
 LONG_FLOPS = 1e15           # runs of more than these floating-point operations could take a day on a slow device
 LONG_HOURS = 24             # before one that does, other commands are suggested
@@ -187,8 +186,8 @@ def grad_accum_steps(config, block_size, batch_size):
     sizes = sorted(batch_sizes(config, block_size), key=lambda size: abs(size - batch_size))
     hint = f"--batch-size {sizes[0]} or " if sizes else ""
     gpus = f" on each of {WORLD_SIZE} GPUs" if WORLD_SIZE > 1 else ""
-    raise UserError(f"--tokens-per-iter {config.tokens_per_iter} is not a multiple of {tokens} tokens (micro-batches "
-                    f"of {batch_size} x {block_size}{gpus}): use {hint}--tokens-per-iter {max(1, steps) * tokens}")
+    raise UserError(f"--tokens-per-iter {config.tokens_per_iter} is not a multiple of micro-batches of {batch_size} x "
+                    f"{block_size} tokens{gpus}: use {hint}--tokens-per-iter {max(1, steps) * tokens}")
 
 
 def try_iteration(forward, batch_size, run, micro_steps=1):
@@ -366,9 +365,8 @@ class Log:
     """metrics.jsonl, and a log line for the user: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, path, config, state):
-        """`path` None: nothing is written."""
         next_step = f"resume: {command_line('train.py --resume', config.out_dir)}"
-        self.metrics = MetricsFile(path, next_step) if path and RANK == 0 else None
+        self.metrics = MetricsFile(path, next_step) if RANK == 0 else None
         self.config = config
         self.last_logged, self.first_logged = (state.iter, state.seconds), None
         self.bar = tqdm(total=config.max_iters, initial=state.iter, disable=None if RANK == 0 else True, leave=False,
@@ -528,10 +526,7 @@ def cannot_resume(path, reason, data_dir):
 # The loop
 
 def train(run, batch_size, stop, overwrite=False, plan=False):
-    """Train until max_iters or a request to stop; returns the signal that asked for it, or 0.
-
-    With `plan` nothing is written: it ends after PLAN_ITERS iterations to warm up and as many, or more, to measure.
-    """
+    """Train until max_iters or a request to stop; returns the signal that asked for it, or 0. `plan`: only measure."""
     config, model, optimizer, scaler, device, state = (run.config, run.model, run.optimizer, run.scaler, run.device,
                                                        run.state)
     accum_steps = grad_accum_steps(config, model.config.block_size, batch_size)
@@ -543,13 +538,16 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
     x, y = next(batches)
     seconds_per_iter = pause = 0.0
-    if config.hours or 6 * model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
+    if plan or config.hours or 6 * model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
         seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
     if config.hours:
         fit_hours(run, seconds_per_iter, pause)
     describe_plan(run, batch_size, seconds_per_iter)
-    log = Log(None if plan else run.out_dir / "metrics.jsonl", run.config, state)
-    if RANK == 0 and not plan:
+    if plan:
+        describe_measured(run, config.tokens_per_iter / seconds_per_iter, batch_size, is_compiled)
+        return 0
+    log = Log(run.out_dir / "metrics.jsonl", run.config, state)
+    if RANK == 0:
         prepare_out_dir(run, overwrite)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -563,11 +561,11 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
 
     while True:
         # Evaluate and save
-        is_last = state.iter == run.config.max_iters and not plan
+        is_last = state.iter == run.config.max_iters
         eval_now = state.iter == 0 or state.iter > first_iter and (state.iter % config.eval_interval == 0 or is_last)
         save_now = state.iter > first_iter and (eval_now or stop_signal
                                                 or time.monotonic() - saved_at > 60 * config.save_minutes)
-        if (eval_now or save_now) and not plan:
+        if eval_now or save_now:
             state.loss_sum, state.skipped = loss_sum.item(), int(skipped)
             check_finite(run, state.loss_sum, bad_iters, max_bad_iters)
             state.seconds += time.perf_counter() - started
@@ -616,7 +614,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
         bad_iters = (bad_iters + 1) * found_inf if scaler.is_enabled() else bad_iters + found_inf
         state.iter += 1
         state.loss_count += 1
-        stop.can_save = not plan
+        stop.can_save = True
 
         # A line of the log
         log_now = state.iter % config.log_interval == 0 or state.iter == run.config.max_iters
@@ -633,13 +631,6 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                 state.elapsed = time.monotonic() - began
                 fit_hours(run, config.tokens_per_iter / rate, pause)
                 log.set_config(run.config)
-            if plan:
-                warm_since, warm_iter = log.first_logged
-                iters, seconds = state.iter - warm_iter, time.monotonic() - warm_since
-                if iters and seconds > MEASURE_SECONDS:
-                    log.bar.close()
-                    describe_measured(run, iters * config.tokens_per_iter / seconds, batch_size, is_compiled)
-                    return 0
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
         elif log_now:  # all processes have to stop at the same iteration
@@ -681,8 +672,8 @@ def load_teacher(path, block_size, corpus, data_dir):
     teacher, checkpoint = load_checkpoint(path)
     refuse_other_tokenizer(checkpoint, corpus, path, data_dir)
     if teacher.config.block_size < block_size:
-        raise UserError(f"the teacher {path} reads at most {teacher.config.block_size} tokens: train with --block-size "
-                        f"{teacher.config.block_size} or less, or pass another --teacher.")
+        raise UserError(f"the teacher {path} reads at most {teacher.config.block_size} tokens: use --block-size "
+                        f"{teacher.config.block_size} or another --teacher.")
     with open(path, "rb") as file:
         return teacher, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -703,7 +694,7 @@ def settings_for_init_from(checkpoint, shape, preset, given, corpus, path):
     dropout = typed.pop("dropout", shape.dropout)
     refuse_changes(typed, asdict(shape), path, "omit the flag or preset, the shape comes from the checkpoint.")
     refuse_other_tokenizer(checkpoint, corpus, path, given["data_dir"])
-    preset = preset or (checkpoint.get("preset") if checkpoint.get("preset") in PRESETS else "rtx3050")
+    preset = preset or checkpoint.get("preset", "rtx3050")
     return preset, replace(shape, dropout=dropout), TrainConfig(**only_fields(TrainConfig, PRESETS[preset] | given))
 
 
@@ -734,7 +725,7 @@ def peak_memory_mib(device):
     return round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None
 
 
-def describe(run, batch_size):
+def describe(run):
     """Print the facts of the run before it starts."""
     config, shape = run.config, run.model.config
     count = run.model.count_parameters()
@@ -750,8 +741,7 @@ def describe(run, batch_size):
     group = run.optimizer.param_groups[-1]
     rate = group["initial_lr"] * lr_multiplier(run.state.iter, config)
     if run.state.iter and rate > 2 * group["lr"]:  # a finished run is resumed with more iterations
-        print0(f"Note: the learning rate rises again, from {group['lr']:.1e} to {rate:.1e}, and with it at first the "
-               "loss.")
+        print0(f"Note: the learning rate rises again, to {rate:.1e}, and at first the loss with it.")
 
 
 def describe_plan(run, batch_size, seconds_per_iter):
@@ -771,11 +761,10 @@ def describe_plan(run, batch_size, seconds_per_iter):
     if config.hours:
         late = state.elapsed + seconds - 3600 * config.hours
         if late > 0.03 * 3600 * config.hours:
-            print0(f"Note: at the present speed the run ends about {format_seconds(late)} after its "
-                   f"{format_seconds(3600 * config.hours)}.")
+            print0(f"Note: at the present speed the run ends about {format_seconds(late)} late.")
     elif seconds > 3600 * LONG_HOURS:
-        print0(f"Warning: on this device the run takes about {format_seconds(seconds)}. Stop it with Ctrl-C, and pass "
-               "the time that you have, such as --hours 8, or train a small model with --preset demo.")
+        print0(f"Warning: on this device the run takes about {format_seconds(seconds)}. Pass the time that you have, "
+               "such as --hours 8, or train a small model: --preset demo")
 
 
 def describe_measured(run, rate, batch_size, is_compiled):
@@ -826,7 +815,7 @@ def out_of_memory_message(run, batch_size):
               "(preprocess.py --tokenizer)")
 @click.option("--overwrite", is_flag=True, help="replace the run in --out-dir")
 @click.option("--plan", is_flag=True,
-              help="measure memory and speed in a few iterations, print how long the run would take, and exit")
+              help="measure memory and speed, print how long the run would take, and exit")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), metavar="X", help="like --hours, in minutes")
 @setting_options(GPTConfig, TrainConfig)
 def main(preset, resume, init_from, overwrite, plan, minutes, **given):
@@ -856,7 +845,7 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
                             "keeps both.")
         with out_of_memory_advice(lambda: "the model does not fit into the free memory of the device: close other "
                                   "programs that use it and rerun, or choose another --device."):
-            run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)), plan)
+            run = open_run(preset, ckpt if resume else init_from, resume, given | dict(out_dir=str(out_dir)))
         if run.state.iter >= run.config.max_iters:
             raise UserError(f"the run in {out_dir} has finished its {run.state.iter} iterations: talk to it with "
                             f"`{command_line('chat.py', out_dir)}`, or continue with a larger --max-iters.")
@@ -865,7 +854,7 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
             if batch_size == "auto":
                 batch_size = find_batch_size(run)
                 print0(f"--batch-size auto: micro-batches of {batch_size} fit.")
-            describe(run, batch_size)
+            describe(run)
             stop_signal = train(run, batch_size, stop, overwrite, plan)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -882,7 +871,7 @@ def main(preset, resume, init_from, overwrite, plan, minutes, **given):
                f"{command_line('chat.py', out_dir)}\nSee its loss curve: {command_line('plot_loss.py', out_dir)}")
 
 
-def open_run(preset, path, resume, given, plan):
+def open_run(preset, path, resume, given):
     """The Run that the flags describe, on the weights of the checkpoint at `path` if there is one."""
     model, checkpoint = load_checkpoint(path) if path else (None, {})
     saved_dir = checkpoint.get("train_config", {}).get("data_dir") if resume else None
@@ -895,8 +884,7 @@ def open_run(preset, path, resume, given, plan):
     else:
         preset, shape, config = settings_for_new_run(preset, given, corpus)
     if config.hours and config.schedule == "cosine":
-        raise UserError("--hours needs a learning rate that does not depend on the end from the start: omit --schedule "
-                        "cosine.")
+        raise UserError("--hours does not know its last iteration, which a cosine needs: omit --schedule cosine.")
     muon = config.optimizer == "muon"
     refuse_without_effect(given, {
         "learning_rate": (muon, "with --optimizer muon: use --muon-learning-rate and --embedding-learning-rate"),
@@ -911,8 +899,7 @@ def open_run(preset, path, resume, given, plan):
         right = f"whose file has the SHA-256 {before}: pass that one" if before else "which has none: omit it"
         raise UserError(f"--teacher {config.teacher} is not the teacher of {path}, {right}, or start a new run in "
                         "another --out-dir.")
-    config = replace(config, device=init_distributed(config.device),
-                     log_interval=PLAN_ITERS if plan else config.log_interval)
+    config = replace(config, device=init_distributed(config.device))
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     model = GPT(shape)  # not the loaded one: --init-from may change dropout

@@ -146,11 +146,10 @@ def test_a_prompt_from_the_command_line_or_typed_is_cleaned_likewise(monkeypatch
 
 
 def test_piped_input_is_utf_8_whatever_the_console_is_and_else_in_the_encoding_of_the_console(reciter):
-    for typed, noted in [("é".encode(), False), ("é".encode("cp1252"), True)]:
+    for typed in ("é".encode(), "é".encode("cp1252")):
         runner, folder = CliRunner(charset="cp1252"), reciter("é", " ok")
         result = runner.invoke(chat.main, ["--out-dir", str(folder), "--json"], typed)
         assert json.loads(result.stdout)["prompt"] == "é"
-        assert ("not UTF-8" in result.stderr) == noted
 
 
 def test_statistics_go_to_stderr(reciter, tokenizer):
@@ -162,7 +161,6 @@ def test_statistics_go_to_stderr(reciter, tokenizer):
 
 @pytest.mark.parametrize("state, said", [
     (dict(state=dict(iter=1234, seconds=1.0, best_val=1.25)), ", iteration 1,234, best validation loss 1.2500"),
-    (dict(progress=dict(iter=7, best_val=1.25)), ", iteration 7, best validation loss 1.2500"),
     (dict(state=dict(iter=7, best_val=float("inf"))), ", iteration 7"), ({}, "")])
 def test_the_model_is_described_on_stderr(reciter, state, said):
     folder, flags = reciter("a", " dog", **state), ["--prompt", "a", "--device", "cpu"]
@@ -201,11 +199,6 @@ def test_a_text_that_outgrows_the_window_works_and_is_said_to(babbler, prompt):
     assert f"context {BLOCK_SIZE} of {BLOCK_SIZE}" in result.stderr
     assert len(result.stdout) == 2 * BLOCK_SIZE + 1
     assert "outgrown" not in run(babbler, "--prompt", "Once", "--max-new-tokens", 9).stderr
-
-
-def test_a_prompt_that_is_not_unicode_is_accepted(babbler):
-    result = run(babbler, "--prompt", "caf\udce9", "--max-new-tokens", 3)
-    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("flags", [["--dry-base", 2], ["--dry-allowed-length", 2], ["--top-k", 5, "--temperature", 0],
@@ -413,7 +406,7 @@ def settings_shown(monkeypatch, folder, lines, capsys, **options):
     converse(monkeypatch, folder, [*lines, "/show"], **options)
     out, err = capsys.readouterr()
     assert out == ""
-    return dict(re.findall("^(.+?) = (.+)$", err.rpartition(" The story so far takes")[2], re.MULTILINE))
+    return dict(re.findall("^(.+?) = (.+)$", err.rpartition(" M parameters")[2], re.MULTILINE))
 
 
 def test_set_takes_the_values_of_the_flag(monkeypatch, babbler, capsys):
@@ -425,7 +418,7 @@ def test_set_takes_the_values_of_the_flag(monkeypatch, babbler, capsys):
 
 
 @pytest.mark.parametrize("line", [
-    "/set temperature -1", "/set temperature nan", "/set temperature warm", "/set top_k 2.5", "/set colour 3",
+    "/set temperature -1", "/set temperature warm", "/set top_k 2.5", "/set colour 3",
     "/set top_p 0", "/set min_p 2", "/set temperature none", "/set keep-context maybe",
     "/set keep-context none", "/set", "/set ="])
 def test_set_refuses_what_the_flag_refuses(monkeypatch, babbler, capsys, line):
@@ -456,16 +449,8 @@ def test_set_without_a_value_shows_that_value(monkeypatch, babbler, capsys):
     assert capsys.readouterr().err.splitlines()[-2] == "temperature = 0.75"
 
 
-def test_show_tells_how_much_of_the_window_the_story_takes(monkeypatch, babbler, capsys):
-    converse(monkeypatch, babbler, ["Once", "/show", "/reset", "/show"], keep_context=True)
-    err = capsys.readouterr().err
-    context = re.search(r"context (\d+) of 96", err)[1]
-    assert re.findall(r"(\d+) of 96 tokens", err) == [context, "0"]
-    assert "0.07 M parameters" in err.split("\n[")[1]
-
-
 @pytest.mark.parametrize("flag", [["--temperature", "-1"], ["--top-p", "0"], ["--min-p", "2"], ["--top-k", "x"],
-                                  ["--max-new-tokens", "0"], ["--num-samples", "0"], ["--stop", ""]])
+                                  ["--max-new-tokens", "0"], ["--num-samples", "0"]])
 def test_a_bad_value_ends_in_one_line(babbler, flag):
     result = run(babbler, "--prompt", "x", *flag)
     assert result.exit_code in (1, 2)
@@ -516,12 +501,10 @@ def test_reset_and_retry_take_back_what_the_story_carries(monkeypatch, babbler, 
     assert seen[3] == "Lily"
 
 
-def test_what_falls_out_of_the_window_is_said_once_per_story(monkeypatch, babbler, capsys):
-    converse(monkeypatch, babbler, ["Once", "", "", "", "/reset", "Once"], keep_context=True, max_new_tokens=60)
-    assert capsys.readouterr().err.count("outgrown") == 1
-    for begin_anew in (["/reset", "Once", ""], ["/words fox umbrella rain"]):
-        converse(monkeypatch, babbler, ["Once", "", *begin_anew], keep_context=True, max_new_tokens=80)
-        assert capsys.readouterr().err.count("outgrown") == 2
+def test_each_turn_says_whether_the_story_has_outgrown_the_window(monkeypatch, babbler, capsys):
+    converse(monkeypatch, babbler, ["Once", "", "", "/reset", "Once"], keep_context=True, max_new_tokens=60)
+    statistics = re.findall(r"context .*?\]", capsys.readouterr().err)
+    assert ["outgrown" in line for line in statistics] == [False, True, True, False]
 
 
 # Words that the story is to use.
@@ -541,11 +524,11 @@ def test_the_model_reads_the_words_in_a_header_that_is_not_printed(monkeypatch, 
 
 
 @pytest.mark.parametrize("text, note", [
-    (FOX_STORY, "used: fox, rain; not used: umbrella"), ("A foxglove.", "used: none; not used: fox, umbrella, rain"),
-    ("Umbrellas! Raining, the FOX said.", "used: fox, umbrella, rain; not used: none")])
+    (FOX_STORY, "fox, rain (2 of 3)"), ("A foxglove.", "none (0 of 3)"),
+    ("Umbrellas! Raining, the FOX said.", "fox, umbrella, rain (3 of 3)")])
 def test_the_note_says_which_words_the_story_used_in_any_plain_inflection(reciter, text, note):
     result = run(reciter(HEADER, text, word_prompts=True), "--words", "fox umbrella rain")
-    assert result.stderr.endswith(f"]\n[words {note}]\n")
+    assert result.stderr.endswith(f"]\n[words used: {note}]\n")
 
 
 def test_several_stories_are_counted_and_json_says_which_words_each_used(babbler, monkeypatch):
@@ -555,7 +538,7 @@ def test_several_stories_are_counted_and_json_says_which_words_each_used(babbler
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(row["words"] == FOX and row["words_used"] == FOX[:1 + (row["text"] >= "a")] for row in rows)
     both = sum(row["text"] >= "a" for row in rows)
-    note = f"[words used: 6 x fox, {both} x umbrella; not used: rain]\n"
+    note = f"[words used: 6 x fox, {both} x umbrella, 0 x rain]\n"
     assert 0 < both < 6 and result.stderr.endswith(note)
     plain = run(babbler, *options)
     assert plain.stderr.endswith(note) and "Words:" not in plain.stdout

@@ -1041,7 +1041,7 @@ def test_a_resume_asks_for_the_same_teacher(data, tmp_path, teacher):
 
 
 def test_a_teacher_that_cannot_read_the_text_is_refused(data, tmp_path, teacher):
-    assert "reads at most 48 tokens: train with --block-size 48 or less" in run_train(
+    assert "reads at most 48 tokens: use --block-size 48 or another" in run_train(
         data, tmp_path / "out", teacher=teacher, block_size=64, expect=1)
     model, checkpoint = load_checkpoint(teacher)
     other = tmp_path / "other.pt"
@@ -1161,9 +1161,8 @@ def test_overwriting_removes_nothing_when_the_new_run_cannot_start(data, tmp_pat
 def test_a_finished_run_that_gets_more_iterations_says_that_its_learning_rate_rises_again(data, tmp_path):
     assert "rises" not in run_train(data, tmp_path)
     output = resume(tmp_path, "--max-iters", 24)
-    last, now = re.search(r"learning rate rises again, from (\S+) to (\S+),", output).groups()
-    rates = [row["lr"] for row in training_lines(tmp_path)]
-    assert float(last) == pytest.approx(rates[3], rel=0.05) and float(now) == pytest.approx(max(rates), rel=0.05)
+    now = re.search(r"learning rate rises again, to (\S+),", output)[1]
+    assert float(now) == pytest.approx(max(row["lr"] for row in training_lines(tmp_path)), rel=0.05)
     assert "rises" not in resume(tmp_path, "--max-iters", 25)
 
 
@@ -1267,7 +1266,7 @@ def test_a_plan_measures_a_few_iterations_and_writes_nothing(data, tmp_path, mon
     monkeypatch.setattr(train, "time", clock)
     at_each_step(monkeypatch, lambda optimizer, n: seen.append(n) or setattr(clock, "now", clock.now + 1))
     output = run_train(data, tmp_path / "out", plan=True, max_iters=1_000_000)
-    assert len(seen) == 8 and "Measured: 128 tokens/s, so 1,000,000 iterations take 12 days" in output
+    assert len(seen) == 2 and "Measured: 128 tokens/s, so 1,000,000 iterations take 12 days" in output
     assert "2 micro-batches of 2 x 32" in output and "128.00M tokens in total" in output
     assert not (tmp_path / "out").exists()
     run_train(data, tmp_path / "run", max_iters=5)
