@@ -270,7 +270,7 @@ def reinforce(model, checkpoint, corpus, config, stop):
     print0(f"{len(known):,} words to ask for, {len(held_out):,} held out for evaluation. A usual story has "
            f"{usual.length:.0f} tokens; {usual.repeated_4grams:.1%} of its 4-grams are repetitions.")
 
-    metrics = MetricsFile(out_dir / "metrics.jsonl", "rerun the same command with --overwrite.")
+    metrics = MetricsFile(out_dir / "metrics.jsonl")
     start, best, seconds, tokens = None, None, 0.0, 0
     for it in range(config.max_iters + 1):
         # Evaluate, and keep the best that passes the gates

@@ -342,63 +342,57 @@ class StopRequest:
 class MetricsFile:
     """metrics.jsonl: an object per line, in which a value that is not finite is null."""
 
-    def __init__(self, path, next_step):
-        """`next_step`: what to type once a full disk has space again."""
-        self.path, self.next_step, self.unwritten = path, next_step, ""
+    def __init__(self, path):
+        self.path, self.unwritten = path, ""
 
     def write(self, **row):
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                for key, value in row.items()}
         self.unwritten += json.dumps(row) + "\n"
-        try:
+        with contextlib.suppress(PermissionError):  # Windows, while another program has the file open: the next time
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self.unwritten)
             self.unwritten = ""
-        except PermissionError:
-            pass  # Windows, while another program has the file open: written together with the next line
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}. Free some disk space, then "
-                            f"{self.next_step}") from error
 
 
 class Log:
     """metrics.jsonl, and a log line for the user: a progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, path, config, state):
-        next_step = f"resume: {command_line('train.py --resume', config.out_dir)}"
-        self.metrics = MetricsFile(path, next_step) if RANK == 0 else None
-        self.config = config
-        self.last_logged, self.first_logged = (state.iter, state.seconds), None
-        self.bar = tqdm(total=config.max_iters, initial=state.iter, disable=None if RANK == 0 else True, leave=False,
-                        dynamic_ncols=True, bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
+    def __init__(self, run):
+        self.run, self.metrics = run, MetricsFile(run.out_dir / "metrics.jsonl")
+        self.last_logged, self.first_logged, self.line = (run.state.iter, run.state.seconds), None, ""
+        self.bar = tqdm(total=run.config.max_iters, initial=run.state.iter, disable=None if RANK == 0 else True,
+                        leave=False, dynamic_ncols=True,
+                        bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
 
-    def write(self, state, **values):
-        if self.metrics:
-            at = dict(iter=state.iter, tokens=state.iter * self.config.tokens_per_iter, seconds=round(state.seconds, 3))
-            self.metrics.write(**at | values)
+    def write(self, **values):
+        config, state = self.run.config, self.run.state
+        self.bar.total = config.max_iters  # --hours changes it
+        if RANK == 0:
+            self.metrics.write(iter=state.iter, tokens=state.iter * config.tokens_per_iter,
+                               seconds=round(state.seconds, 3), **values)
 
-    def set_config(self, config):
-        self.config, self.bar.total = config, config.max_iters
-
-    def log_training(self, state, loss, lr, norm, scale, device):
+    def log_training(self, loss, norm):
         """Write and show one line about the iterations since the last one; returns their tokens per second."""
+        run, config, state = self.run, self.run.config, self.run.state
         iters, seconds = state.iter - self.last_logged[0], state.seconds - self.last_logged[1]
-        rate = iters * self.config.tokens_per_iter / max(seconds, 1e-9)
-        memory = peak_memory_mib(device)
-        self.write(state, train_loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=state.skipped,
+        rate = iters * config.tokens_per_iter / max(seconds, 1e-9)
+        memory, lr = peak_memory_mib(run.device), run.optimizer.param_groups[-1]["lr"]
+        self.write(train_loss=loss, lr=lr, grad_norm=norm, loss_scale=run.scaler.get_scale(), skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
         self.last_logged = state.iter, state.seconds
         line = f"loss {loss:.3f}"
         if self.first_logged:  # by the wall clock, so that evaluations count and compiling does not
             started, at = self.first_logged
             each = (time.monotonic() - started) / (state.iter - at)
-            line += f", {format_seconds(each * (self.config.max_iters - state.iter))} left"
+            line += f", {format_seconds(each * (config.max_iters - state.iter))} left"
         self.first_logged = self.first_logged or (time.monotonic(), state.iter)
         line += f", {format_count(rate)} tokens/s, lr {lr:.1e}"  # a narrow terminal cuts the end
         line += f", {memory / 1024:.1f} GiB" if memory else ""
         line += f", {state.skipped} skipped" if state.skipped else ""
         if self.bar.disable:
-            print0(f"iter {state.iter}/{self.config.max_iters}: {line}")
+            print0(f"iter {state.iter}/{config.max_iters}: {line}")
+        self.line = line
         self.bar.set_description_str(line, refresh=False)
         self.bar.update(state.iter - self.bar.n)
         return rate
@@ -485,7 +479,7 @@ class Run:
             tokens = f"{config.final_eval_tokens:,} tokens" if config.final_eval_tokens else "the whole validation set"
             message += f"\n{tokens}: {describe_loss(**full)}"
             result |= {f"full_{name}": value for name, value in full.items()}
-        log.write(state, **result)
+        log.write(**result)
         if not math.isfinite(result["val_loss"]):
             raise UserError(nonfinite_message(self, f"the validation loss is not finite at iteration {state.iter}"))
         print0(message)
@@ -546,7 +540,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     if plan:
         describe_measured(run, config.tokens_per_iter / seconds_per_iter, batch_size, is_compiled)
         return 0
-    log = Log(run.out_dir / "metrics.jsonl", run.config, state)
+    log = Log(run)
     if RANK == 0:
         prepare_out_dir(run, overwrite)
     if device.type == "cuda":
@@ -574,6 +568,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             if eval_now:
                 log.bar.set_description_str("evaluating")
                 run.evaluate(log, batch_size)
+                log.bar.set_description_str(log.line)
             if save_now:
                 run.save("ckpt.pt")
                 saved_at = time.monotonic()
@@ -623,14 +618,12 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             check_finite(run, mean_loss, bad_iters, max_bad_iters)
             now = time.perf_counter()
             state.seconds, started = state.seconds + now - started, now
-            rate = log.log_training(state, mean_loss, optimizer.param_groups[-1]["lr"], norm.item(), scaler.get_scale(),
-                                device)
+            rate = log.log_training(mean_loss, norm.item())
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
             if config.hours and state.iter - first_iter > config.log_interval:  # the first line contains the warmup
                 state.elapsed = time.monotonic() - began
                 fit_hours(run, config.tokens_per_iter / rate, pause)
-                log.set_config(run.config)
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
         elif log_now:  # all processes have to stop at the same iteration
