@@ -273,6 +273,8 @@ def measure_iteration(forward, batch_size, accum_steps, run):
             torch.accelerator.synchronize(run.device)
         return time.perf_counter() - started
 
+    print0("Measuring the speed ...")
+    seconds(1)  # warms up
     one, two = seconds(1), seconds(2)
     if two * accum_steps > 2 * MEASURE_SECONDS:  # slow enough to be exact
         return one + (accum_steps - 1) * (two - one)
