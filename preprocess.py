@@ -525,10 +525,10 @@ def content_words(parts, seed, most):
         counts.update(set(re.findall(r"[^\W\d_]{3,}+(?!['\u2019])", text)))  # possessive: nothing of wouldn't
     words = sorted(word for word, count in counts.items() if word.islower()
                    and 0.0008 * total <= count <= most * total and counts[word.capitalize()] <= count / 5)
-    if len(words) < 3:
+    held_out = [word for word in words if is_sampled(word, 0.2, f"held-out words {seed}")]
+    if len(words) < len(held_out) + 3:  # reinforce.py asks for three of the others
         raise UserError(f"the stories differ in too few words ({', '.join(words) or 'none'}) for word prompts: omit "
                         "--word-prompts, or pass --dataset with more stories.")
-    held_out = [word for word in words if is_sampled(word, 0.2, f"held-out words {seed}")]
     return dict(words=[word for word in words if word not in held_out], held_out_words=held_out)
 
 

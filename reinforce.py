@@ -284,9 +284,10 @@ def reinforce(model, checkpoint, corpus, config, stop):
                       and result["ended"] >= min(start["ended"], ENOUGH_ENDED)
                       and result["repeated_4grams"] <= most_repeated)
             metrics.write(iter=it, tokens=tokens, seconds=round(seconds, 3), **result)
-            print0(f"iter {it}: held-out words used {result['words_used']:.1%}, all three {result['all_used']:.1%}, "
-                   f"ended {result['ended']:.0%}, repeated 4-grams {result['repeated_4grams']:.1%}, validation loss "
-                   f"{result['val_loss']:.4f}{'' if passed else ' (not kept: worse than the start)'}")
+            print0(f"iter {it}, held-out prompts: words used {result['words_used']:.1%}, all three "
+                   f"{result['all_used']:.1%}, ended {result['ended']:.0%}, repeated 4-grams "
+                   f"{result['repeated_4grams']:.1%}, validation loss {result['val_loss']:.4f}"
+                   f"{'' if passed else ' (not kept: worse than the start)'}")
             if passed and (best is None or result["words_used"] > best["words_used"]):
                 best = dict(result, iter=it)
                 state = dict(iter=it, best_val=result["val_loss"])
@@ -359,7 +360,7 @@ def main(init_from, overwrite, **given):
         with out_of_memory_advice(lambda: f"out of memory: rerun with --batch-size {max(1, config.batch_size // 2)}, "
                                   "or with fewer --prompts-per-iter."):
             start, best = reinforce(model, kept, corpus, config, stop)
-    print0(f"Best: held-out words used {best['words_used']:.1%} at iteration {best['iter']}, at the start "
+    print0(f"Best: words used in held-out prompts {best['words_used']:.1%} at iteration {best['iter']}, at the start "
            f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} "
            '--words "fox, garden, rain"')
     if stop.signal:
