@@ -559,6 +559,23 @@ def test_a_resume_on_a_slower_machine_says_what_it_will_miss(data, tmp_path, mon
     assert re.search(r"the run ends about \d+ (s|min) late\.", output), output
 
 
+@pytest.mark.parametrize("enough", [0, 1e9], ids=["a slow machine", "a fast one"])
+def test_the_time_of_an_iteration_is_that_of_its_micro_batches_and_one_update_without_the_warmup(data, tmp_path, monkeypatch,
+                                                                                                 enough):
+    clock, run = Clock(), opened(data, tmp_path)
+    durations = itertools.chain([50.0], itertools.repeat(1.0))  # of micro-batches, the first of which is slow
+
+    def takes(seconds, real):
+        def slow(*args):
+            clock.now += next(seconds)
+            return real(*args)
+        return slow
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "MEASURE_SECONDS", enough)
+    monkeypatch.setattr(MuonAdamW, "step", takes(itertools.repeat(3.0), MuonAdamW.step))
+    assert train.measure_iteration(takes(durations, run.training_loss), 2, 8, run) == 8 * 1 + 3
+
+
 def test_hours_and_minutes_add_up(data, tmp_path, monkeypatch):
     Machine(monkeypatch)
     assert took(run_train(data, tmp_path, **TIMED | dict(minutes=1, hours=1 / 60)))[1] == 120
@@ -599,6 +616,8 @@ def test_a_progress_bar_replaces_the_lines_on_a_terminal(data, tmp_path, monkeyp
         monkeypatch.setattr(sys, name, stream)
     train.main(arguments(data, tmp_path), standalone_mode=False)
     assert "12/12 loss" in terminal.getvalue() and "tokens/s" in terminal.getvalue()
+    last = [text for text in terminal.getvalue().split("\r") if "/12" in text][-1]
+    assert "0/12 evaluating" in terminal.getvalue() and "evaluating" not in last, "the line comes back afterwards"
     assert "iter 12: validation loss" in plain.getvalue() and "iter 12/12" not in plain.getvalue()
 
 
@@ -1266,8 +1285,15 @@ def test_a_plan_measures_a_few_iterations_and_writes_nothing(data, tmp_path, mon
     monkeypatch.setattr(train, "time", clock)
     at_each_step(monkeypatch, lambda optimizer, n: seen.append(n) or setattr(clock, "now", clock.now + 1))
     output = run_train(data, tmp_path / "out", plan=True, max_iters=1_000_000)
-    assert len(seen) == 2 and "Measured: 128 tokens/s, so 1,000,000 iterations take 12 days" in output
+    assert len(seen) == 3 and "Measured: 128 tokens/s, so 1,000,000 iterations take 12 days" in output
     assert "2 micro-batches of 2 x 32" in output and "128.00M tokens in total" in output
+    line = (f"To compare: rtx3050, 1 CPU threads, torch {torch.__version__}, float32, not compiled, micro-batches of 2 x "
+            "32: 128 tokens/s")
+    assert output.splitlines()[-1] == line
+    monkeypatch.setattr(train, "peak_memory_mib", lambda device: 1234)
+    monkeypatch.setattr(train, "compile_model", lambda run, size: lambda *args: run.training_loss(*args))
+    output = run_train(data, tmp_path / "out", plan=True)
+    assert output.splitlines()[-1] == line.replace("not compiled", "compiled") + ", 1,234 MiB"
     assert not (tmp_path / "out").exists()
     run_train(data, tmp_path / "run", max_iters=5)
     before = files(tmp_path / "run")
