@@ -502,7 +502,9 @@ def given_tokenizer(config):
     if not config.tokenizer:
         return None
     path, probe = Path(config.tokenizer), " a  b\n\n12\r\n\t\u00e9\U0001f600 "
-    tokenizer = Tokenizer(path.read_bytes() if path.is_file() else b"", path)
+    if not path.is_file():
+        raise UserError(f"--tokenizer {path} does not exist: pass the tok*.model of a prepared corpus.")
+    tokenizer = Tokenizer(path.read_bytes(), path)
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus.")
     if config.vocab_size not in (None, tokenizer.vocab_size):
