@@ -362,7 +362,7 @@ def main(init_from, overwrite, **given):
             start, best = reinforce(model, kept, corpus, config, stop)
     print0(f"Best: words used in held-out prompts {best['words_used']:.1%} at iteration {best['iter']}, at the start "
            f"{start['words_used']:.1%}. Try it: python chat.py --out-dir {quoted(out_dir)} "
-           '--words "fox, garden, rain"')
+           '--words "fox, garden, hat"')
     if stop.signal:
         sys.exit(128 + stop.signal)
 
