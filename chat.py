@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import torch
 
-from config import (CONTEXT_SETTINGS, Command, SampleConfig, UserError, only_fields, refuse_without_effect,
+from config import (CONTEXT_SETTINGS, DEVICE, Command, SampleConfig, UserError, only_fields, refuse_without_effect,
                     setting_options, wrapped)
 from data import CONTROL_CHARACTERS, WORDS, Tokenizer, word_prompt, words_used
 from model import (choose_device, choose_dtype, find_checkpoint, load_checkpoint, out_of_memory_advice,
@@ -329,7 +329,7 @@ def read_piped():
 @click.option("--out-dir", type=click.Path(path_type=Path), default="out", metavar="FOLDER",
               help="the run to talk to  [default: out]")
 @click.option("--device", default="auto", metavar="NAME",
-              help="cpu, cuda, cuda:1, xpu or mps; auto: the accelerator found, else cpu  [default: auto]")
+              help=f"{DEVICE[1]}  [default: auto]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               help="precision of the weights; auto: float16 on CUDA and CPU, else float32  [default: auto]")
 @setting_options(SampleConfig)

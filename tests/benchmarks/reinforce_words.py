@@ -54,21 +54,22 @@ def bits_per_byte(plain, text, ended, tokenizer, device):
     return nats / math.log(2) / max(1, len(tokenizer.decode(ids).encode()))
 
 
+def mean_and_error(values):
+    return float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
+
+
 def figures(stories, plain, tokenizer, device, built_in):
     """{title: (mean, standard error)} of one story (words, text, length, ended) per prompt."""
     used = [len(words_used(words, text)) / len(words) for words, text, _, _ in stories]
     columns = [used, [share == 1 for share in used], [ended for *_, ended in stories],
                [length for _, _, length, _ in stories], [reinforce.repeated_4grams(text) for _, text, _, _ in stories]]
-    result = {title: (float(np.mean(column)), float(np.std(column) / len(stories) ** 0.5))
-              for title, column in zip(TITLES[1:], columns)}
+    result = {title: mean_and_error(column) for title, column in zip(TITLES[1:], columns)}
     if built_in:
-        valid = [grammatical(text) for _, text, _, _ in stories]
-        result["grammatical"] = (float(np.mean(valid)), float(np.std(valid) / len(stories) ** 0.5))
+        result["grammatical"] = mean_and_error([grammatical(text) for _, text, _, _ in stories])
     result["3-grams"] = (distinct([split_words(text) for _, text, _, _ in stories], 3, 50 * len(stories)), None)
     if plain:
         bits = np.array([bits_per_byte(plain, text, ended, tokenizer, device) for _, text, _, ended in stories])
-        bits = bits[np.isfinite(bits)]
-        result["bits per byte"] = (float(bits.mean()), float(bits.std() / len(bits) ** 0.5))
+        result["bits per byte"] = mean_and_error(bits[np.isfinite(bits)])
     return result
 
 
