@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -190,17 +191,15 @@ def grad_accum_steps(config, block_size, batch_size):
                     f"{block_size} tokens{gpus}: use {hint}--tokens-per-iter {max(1, steps) * tokens}")
 
 
-def try_iteration(forward, batch_size, run, micro_steps=1):
-    """Peak bytes of an iteration on random tokens, whose update is skipped: nothing changes."""
-    config, device, cuda = run.model.config, run.device, run.device.type == "cuda"
+def try_iteration(forward, batch_size, run, accum_steps=1):
+    """Peak bytes of an iteration whose update is skipped: nothing changes."""
+    device, cuda = run.device, run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     try:
         with torch.random.fork_rng(devices=[device] if cuda else []):
-            ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
-            with autocast(device, run.dtype):
-                for _ in range(micro_steps):
-                    run.scaler.scale(forward(ids[:, :-1], ids[:, 1:])[0]).backward()
+            compute_gradients(forward, run.batches(0, batch_size), accum_steps, run)
+        clip_grad_norm(run)
         run.optimizer.found_inf = torch.ones((), device=device)
         run.optimizer.step()
         return torch.cuda.max_memory_allocated(device) if cuda else 0
@@ -266,9 +265,9 @@ def compile_model(run, batch_size):
 
 def measure_iteration(forward, batch_size, accum_steps, run):
     """Seconds that an iteration takes, measured on some that change nothing."""
-    def seconds(micro_steps):
+    def seconds(accum_steps):
         started = time.perf_counter()
-        try_iteration(forward, batch_size, run, micro_steps)
+        try_iteration(forward, batch_size, run, accum_steps)
         if run.device.type != "cpu":
             torch.accelerator.synchronize(run.device)
         return time.perf_counter() - started
@@ -278,19 +277,22 @@ def measure_iteration(forward, batch_size, accum_steps, run):
     one, two = seconds(1), seconds(2)
     if two * accum_steps > 2 * MEASURE_SECONDS:  # slow enough to be exact
         return one + (accum_steps - 1) * (two - one)
-    return statistics.median(seconds(accum_steps) for _ in range(5))
+    times = []
+    while sum(times) < MEASURE_SECONDS:
+        times.append(seconds(accum_steps))
+    return statistics.median(times)
 
 
 def fit_hours(run, seconds_per_iter, pause):
     """Set max_iters to what fits into the rest of --hours, until the learning rate decays, which depends on it.
 
-    `pause` are the seconds of an evaluation with its save; the last one reads other tokens besides.
+    `pause` are the seconds of an evaluation with its story and save; the last one reads other tokens besides.
     """
     config, state, val_tokens = run.config, run.state, len(run.corpus.val)
     if state.iter and state.iter >= config.max_iters * (1 - config.decay_fraction):
         return
-    final_pause = pause * (1 + (config.final_eval_tokens or val_tokens) / (config.eval_tokens or val_tokens))
-    left = 3600 * config.hours - state.elapsed - final_pause
+    final_eval = run.eval_seconds * (config.final_eval_tokens or val_tokens) / (config.eval_tokens or val_tokens)
+    left = 3600 * config.hours - state.elapsed - pause - final_eval
     max_iters = state.iter + max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
     if state.iter:  # the decay begins now at the earliest, as in a run that knows max_iters
         max_iters = max(max_iters, math.ceil(state.iter / (1 - config.decay_fraction)))
@@ -362,7 +364,8 @@ class Log:
 
     def __init__(self, run):
         self.run, self.metrics = run, MetricsFile(run.out_dir / "metrics.jsonl")
-        self.last_logged, self.first_logged, self.line = (run.state.iter, run.state.seconds), None, ""
+        self.lines = [(run.state.iter, run.state.seconds, time.monotonic())]  # at the start, and at each log line
+        self.line = ""
         self.bar = tqdm(total=run.config.max_iters, initial=run.state.iter, disable=None if RANK == 0 else True,
                         leave=False, dynamic_ncols=True,
                         bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {desc}")
@@ -374,21 +377,26 @@ class Log:
             self.metrics.write(iter=state.iter, tokens=state.iter * config.tokens_per_iter,
                                seconds=round(state.seconds, 3), **values)
 
+    def seconds_per_iter(self):
+        """Mean of the later half of the log lines, without the first, which contains the warmup; None before."""
+        at, seconds, _ = self.lines[len(self.lines) // 2]
+        state = self.run.state
+        return (state.seconds - seconds) / (state.iter - at) if state.iter > at else None
+
     def log_training(self, loss, norm):
-        """Write and show one line about the iterations since the last one; returns their tokens per second."""
+        """Write and show one line about the iterations since the last one."""
         run, config, state = self.run, self.run.config, self.run.state
-        iters, seconds = state.iter - self.last_logged[0], state.seconds - self.last_logged[1]
-        rate = iters * config.tokens_per_iter / max(seconds, 1e-9)
+        at, seconds, _ = self.lines[-1]
+        rate = (state.iter - at) * config.tokens_per_iter / max(state.seconds - seconds, 1e-9)
         memory, lr = peak_memory_mib(run.device), run.optimizer.param_groups[-1]["lr"]
         self.write(train_loss=loss, lr=lr, grad_norm=norm, loss_scale=run.scaler.get_scale(), skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
-        self.last_logged = state.iter, state.seconds
+        self.lines.append((state.iter, state.seconds, time.monotonic()))
         line = f"loss {loss:.3f}"
-        if self.first_logged:  # by the wall clock, so that evaluations count and compiling does not
-            started, at = self.first_logged
-            each = (time.monotonic() - started) / (state.iter - at)
+        if len(self.lines) > 2:  # by the wall clock, so that evaluations count; from the first line, so compiling does not
+            at, _, then = self.lines[1]
+            each = (time.monotonic() - then) / (state.iter - at)
             line += f", {format_seconds(each * (config.max_iters - state.iter))} left"
-        self.first_logged = self.first_logged or (time.monotonic(), state.iter)
         line += f", {format_count(rate)} tokens/s, lr {lr:.1e}"  # a narrow terminal cuts the end
         line += f", {memory / 1024:.1f} GiB" if memory else ""
         line += f", {state.skipped} skipped" if state.skipped else ""
@@ -397,7 +405,6 @@ class Log:
         self.line = line
         self.bar.set_description_str(line, refresh=False)
         self.bar.update(state.iter - self.bar.n)
-        return rate
 
 
 def format_count(number):
@@ -430,10 +437,15 @@ class Run:
             move_weights(teacher.requires_grad_(False), self.device, self.dtype)
         self.training_loss = TrainingLoss(self.model, teacher, config.teacher_weight)
         self.optimizer = configure_optimizer(self.model, config)
+        self.loader = TrainLoader(corpus.train, model.config.block_size, config.seed, config.align_stories)
         # Small float16 gradients would underflow without loss scaling; bfloat16 and float32 need none.
         self.scaler = torch.amp.GradScaler(self.device.type,
                                            enabled=self.dtype is torch.float16 and self.device.type == "cuda")
-        self.state = TrainState()
+        self.state, self.eval_seconds = TrainState(), 0.0
+
+    def batches(self, step, batch_size):
+        """Yield (x, y) of this process from micro-batch number `step` on."""
+        return self.loader.batches(step, batch_size, self.device, RANK, WORLD_SIZE)
 
     def restore(self, checkpoint):
         """Continue from a checkpoint. Loss scale and CUDA's random state start fresh if it was saved without them."""
@@ -494,7 +506,10 @@ class Run:
 
     def measure(self, tokens, batch_size):
         validation = Validation(self.corpus, self.model.config.block_size, tokens, self.config.align_stories)
-        return estimate_loss(self.model, validation, batch_size, self.device, self.dtype)
+        started = time.monotonic()
+        result = estimate_loss(self.model, validation, batch_size, self.device, self.dtype)
+        self.eval_seconds = time.monotonic() - started
+        return result
 
 
 def describe_loss(val_loss, val_bpb, floor=None):
@@ -521,20 +536,34 @@ def cannot_resume(path, reason, data_dir):
 # -----------------------------------------------------------------------------
 # The loop
 
+def compute_gradients(forward, batches, accum_steps, run):
+    """Add up the gradients of an iteration, still scaled; returns its mean loss."""
+    iter_loss = torch.zeros((), device=run.device)
+    with autocast(run.device, run.dtype):  # around all micro-batches, so that it converts the weights only once
+        for micro_step, (x, y) in enumerate(itertools.islice(batches, accum_steps), 1):
+            if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
+                forward.require_backward_grad_sync = micro_step == accum_steps
+            loss, text_loss = forward(x, y)
+            run.scaler.scale(loss / accum_steps).backward()
+            iter_loss += text_loss.detach() / accum_steps
+    return iter_loss
+
+
+def clip_grad_norm(run):
+    return torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
+
+
 def train(run, batch_size, stop, overwrite=False, plan=False):
     """Train until max_iters or a request to stop; returns the signal that asked for it, or 0. `plan`: only measure."""
-    config, model, optimizer, scaler, device, state = (run.config, run.model, run.optimizer, run.scaler, run.device,
-                                                       run.state)
-    accum_steps = grad_accum_steps(config, model.config.block_size, batch_size)
+    config, optimizer, scaler, device, state = run.config, run.optimizer, run.scaler, run.device, run.state
+    accum_steps = grad_accum_steps(config, run.model.config.block_size, batch_size)
     started = time.perf_counter()
     forward = compile_model(run, batch_size)
     is_compiled = forward is not run.training_loss
     forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
-    loader = TrainLoader(run.corpus.train, model.config.block_size, config.seed, config.align_stories)
-    batches = loader.batches(state.iter * accum_steps, batch_size, device, RANK, WORLD_SIZE)
-    x, y = next(batches)
+    batches = run.batches(state.iter * accum_steps, batch_size)
     seconds_per_iter = pause = 0.0
-    if plan or config.hours or 6 * model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
+    if plan or config.hours or 6 * run.model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
         seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
     if config.hours:
         fit_hours(run, seconds_per_iter, pause)
@@ -585,22 +614,15 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             return 0 if is_last else stop_signal
 
         # One iteration: the gradients of all micro-batches, then one update
-        multiplier, iter_loss = lr_multiplier(state.iter, run.config), torch.zeros((), device=device)
+        multiplier = lr_multiplier(state.iter, run.config)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
-        with autocast(device, run.dtype):  # around all micro-batches, so that it converts the weights only once
-            for micro_step in range(accum_steps):
-                if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
-                    forward.require_backward_grad_sync = micro_step == accum_steps - 1
-                loss, text_loss = forward(x, y)
-                x, y = next(batches)  # read and copied while the GPU computes
-                scaler.scale(loss / accum_steps).backward()
-                iter_loss += text_loss.detach() / accum_steps
+        iter_loss = compute_gradients(forward, batches, accum_steps, run)
         if WORLD_SIZE > 1:
             dist.all_reduce(iter_loss)
             iter_loss /= WORLD_SIZE
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = clip_grad_norm(run)
         found_inf = 1 - (iter_loss + norm).isfinite().float()
         optimizer.found_inf = found_inf  # where GradScaler.step leaves it; here without a scaler too
         optimizer.step()
@@ -620,12 +642,12 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             check_finite(run, mean_loss, bad_iters, max_bad_iters)
             now = time.perf_counter()
             state.seconds, started = state.seconds + now - started, now
-            rate = log.log_training(mean_loss, norm.item())
+            log.log_training(mean_loss, norm.item())
             loss_sum.zero_()
             state.loss_sum, state.loss_count = 0.0, 0
-            if config.hours and state.iter - first_iter > config.log_interval:  # the first line contains the warmup
+            if config.hours and (seconds_per_iter := log.seconds_per_iter()):
                 state.elapsed = time.monotonic() - began
-                fit_hours(run, config.tokens_per_iter / rate, pause)
+                fit_hours(run, seconds_per_iter, pause)
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
         elif log_now:  # all processes have to stop at the same iteration
