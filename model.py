@@ -501,6 +501,9 @@ def find_checkpoint(out_dir):
     for path in (Path(out_dir) / "best.pt", Path(out_dir) / "ckpt.pt"):
         if path.exists():
             return path
+    if runs := [*Path(out_dir).glob("*/best.pt")]:
+        newest = max(runs, key=lambda path: path.stat().st_mtime).parent
+        raise UserError(f"no checkpoint in {out_dir}, but there is one in {newest}: pass --out-dir {quoted(newest)}.")
     raise UserError(f"no checkpoint in {out_dir}: train a model with `python train.py --out-dir {quoted(out_dir)}`, or "
                     "name a file with --checkpoint.")
 

@@ -503,7 +503,7 @@ def given_tokenizer(config):
         return None
     path, probe = Path(config.tokenizer), " a  b\n\n12\r\n\t\u00e9\U0001f600 "
     if not path.is_file():
-        raise UserError(f"--tokenizer {path} does not exist: pass the tok*.model of a prepared corpus.")
+        raise UserError(f"there is no file {path} for --tokenizer: pass the tok*.model of a prepared corpus.")
     tokenizer = Tokenizer(path.read_bytes(), path)
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise UserError(f"--tokenizer {path} does not reproduce every text: pass the tok*.model of a prepared corpus.")
@@ -690,8 +690,8 @@ def prepare(config, threads, overwrite):
     shards = [describe_shard(folder / name, tokenizer) for name in parts]
     if words:
         written = np.sum([[shard["stories"], shard["bytes"]] for shard in shards], axis=0)
-        left_out["added: further copies"] = (1 - config.copies) * selected
-        left_out["added: word prompts"] = config.copies * selected - written
+        left_out["less: further copies"] = (1 - config.copies) * selected
+        left_out["less: word prompts"] = config.copies * selected - written
     meta = dict(format=2, source=config.dataset, arguments=arguments, commit=commit, read=read.tolist(), **metadata,
                 left_out={row: size.tolist() for row, size in left_out.items() if size.any()},
                 vocab_size=tokenizer.vocab_size, tokenizer=dict(file=model_path.name, sha256=tokenizer.sha256),

@@ -341,9 +341,10 @@ def main(init_from, overwrite, **given):
     model, checkpoint = load_checkpoint(init_from)
     corpus, out_dir = Corpus(config.data_dir), Path(config.out_dir)
     if "words" not in corpus.meta:
-        arguments = corpus.meta["arguments"] | dict(word_prompts=0.8)
+        arguments = corpus.meta["arguments"]
+        arguments |= dict(word_prompts=0.2 if arguments.get("dataset") == "sample" else 0.8)
         raise UserError(f"the corpus in {config.data_dir} was prepared without word prompts: run "
-                        f"{prepare_command(config.data_dir, arguments)} --overwrite, and train a model on it.")
+                        f"{prepare_command(f'{Path(config.data_dir)}-words', arguments)}, and train a model on it.")
     refuse_other_tokenizer(checkpoint, corpus, init_from, config.data_dir)
     if init_from.resolve().parent == out_dir.resolve():
         raise UserError(f"{init_from} would be replaced: pass another --out-dir.")

@@ -41,6 +41,7 @@ RESUME_MAY_CHANGE = {"data_dir", "out_dir", "teacher", "hours", "max_iters", "ba
                      "activation_checkpointing", "log_interval", "eval_interval", "final_eval_tokens", "sample_tokens",
                      "save_minutes"}
 MANY_EPOCHS = 20            # beyond these a model of this size overfits
+FEW_ITERS = 100             # a text that fills fewer is better cut into smaller ones
 COMPILE_MIN_ITERS = 500     # shorter runs do not regain the half minute that compiling takes
 MAX_CONSECUTIVE_SKIPS = 30
 MEASURE_SECONDS = 2         # enough to tell a speed
@@ -771,9 +772,12 @@ def describe_plan(run, batch_size, seconds_per_iter):
            f"{'es' * (steps > 1)} of {batch_size} x {block_size}), {format_count(tokens)} tokens in total, "
            f"{epochs:.2g} epochs of the {format_count(text_tokens)} training tokens in {config.data_dir}.")
     if epochs > MANY_EPOCHS:
-        enough = max(1, round(MANY_EPOCHS * text_tokens / config.tokens_per_iter))
+        enough, size, smaller = MANY_EPOCHS * text_tokens, config.tokens_per_iter, ""
+        if enough < FEW_ITERS * size and steps > 1:
+            size //= steps
+            smaller = f"--tokens-per-iter {size} "
         print0(f"Warning: beyond about {MANY_EPOCHS} epochs a model overfits. Prepare more text, or stop earlier: "
-               f"--max-iters {enough}")
+               f"{smaller}--max-iters {max(1, enough // size)}")
     seconds = (config.max_iters - state.iter) * seconds_per_iter
     if config.hours:
         late = state.elapsed + seconds - 3600 * config.hours

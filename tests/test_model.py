@@ -1,6 +1,7 @@
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -876,6 +877,15 @@ def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
     assert "does not exist" in refusal(tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match='python train.py --out-dir "'):
         find_checkpoint(tmp_path / "my run")
+
+
+def test_without_a_checkpoint_the_newest_run_in_a_folder_below_is_named(tmp_path):
+    for seconds, name in (200, "my demo"), (100, "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").touch()
+        os.utime(tmp_path / name / "best.pt", (seconds, seconds))
+    with pytest.raises(UserError, match=re.escape(f'pass --out-dir "{tmp_path / "my demo"}"')):
+        find_checkpoint(tmp_path)
 
 
 def test_the_checkpoint_of_a_run_is_its_best_else_its_latest(tmp_path):

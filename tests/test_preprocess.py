@@ -795,7 +795,7 @@ def test_what_is_no_tokenizer_of_ours_is_refused_with_the_file_to_name(master, t
     for wrong in (path, master, tmp_path / "no.model", tmp_path / "foreign.model", tmp_path / "spaces.model"):
         line = refused(path, tmp_path / "data", "--tokenizer", wrong)
         assert str(wrong) in line and "tok*.model of a prepared corpus" in line
-    assert "none.model does not exist: pass the tok" in refused(path, tmp_path / "data", "--tokenizer", "none.model")
+    assert "there is no file none.model for --tokenizer: pass the tok" in refused(path, tmp_path / "data", "--tokenizer", "none.model")
     line = refused(path, tmp_path / "data", "--tokenizer", master / "tok400.model", "--vocab-size", 330)
     assert "330" in line and "400 tokens" in line and "omit --vocab-size" in line
     assert os.listdir(tmp_path / "data") == ["lock"]
@@ -903,8 +903,8 @@ def test_a_fraction_of_the_training_stories_names_three_of_its_words_and_other_o
     size, added = sum(len(text.encode()) for text in plain_train), sum(len(text) for text in train) - sum(
         len(named(text)[1]) for text in train)
     rows = table(tmp_path / "data")
-    assert rows["added: further copies"] == [-2 * len(plain_train), -2 * size]
-    assert rows["added: word prompts"] == [0, -added]
+    assert rows["less: further copies"] == [-2 * len(plain_train), -2 * size]
+    assert rows["less: word prompts"] == [0, -added]
     assert prepare(tmp_path / "a.jsonl", tmp_path / "data", *PROMPTS).endswith(output)
 
 

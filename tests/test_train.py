@@ -1297,6 +1297,12 @@ def test_more_than_twenty_epochs_are_warned_of_with_a_number_of_iterations_that_
         assert ("Warning" in run_train(data, tmp_path, plan=True, max_iters=iters)) == warned
 
 
+def test_for_a_short_text_smaller_iterations_are_suggested_rather_than_few(data, tmp_path):
+    tokens = len(Corpus(data).train)
+    output = run_train(data, tmp_path, plan=True, tokens_per_iter=tokens // 5 // 64 * 64, max_iters=120)
+    assert f"or stop earlier: --tokens-per-iter 64 --max-iters {20 * tokens // 64}\n" in output
+
+
 def test_a_cpu_beside_an_nvidia_driver_is_warned_of(data, tmp_path, monkeypatch):
     assert "Warning" not in run_train(data, tmp_path, plan=True)
     monkeypatch.setattr(train, "cuda_hint", lambda: "Get another PyTorch. ")
