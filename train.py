@@ -394,7 +394,7 @@ class Log:
                    tokens_per_second=round(rate), peak_memory_mib=memory)
         self.lines.append((state.iter, state.seconds, time.monotonic()))
         line = f"loss {loss:.3f}"
-        if len(self.lines) > 2:  # by the wall clock, so that evaluations count; from the first line, so compiling does not
+        if len(self.lines) > 2:  # by the wall clock, so evaluations count; since the first line, so compiling does not
             at, _, then = self.lines[1]
             each = (time.monotonic() - then) / (state.iter - at)
             line += f", {format_seconds(each * (config.max_iters - state.iter))} left"
@@ -564,7 +564,8 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
     batches = run.batches(state.iter * accum_steps, batch_size)
     seconds_per_iter = pause = 0.0
-    if plan or config.hours or 6 * run.model.count_parameters() * config.max_iters * config.tokens_per_iter > LONG_FLOPS:
+    flops = 6 * run.model.count_parameters() * config.max_iters * config.tokens_per_iter
+    if plan or config.hours or flops > LONG_FLOPS:
         seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
     if config.hours:
         fit_hours(run, seconds_per_iter, pause)

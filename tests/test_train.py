@@ -1299,7 +1299,7 @@ def test_more_than_twenty_epochs_are_warned_of_with_a_number_of_iterations_that_
 
 def test_for_a_short_text_smaller_iterations_are_suggested_rather_than_few(data, tmp_path):
     tokens = len(Corpus(data).train)
-    output = run_train(data, tmp_path, plan=True, tokens_per_iter=tokens // 5 // 64 * 64, max_iters=120)
+    output = run_train(data, tmp_path, plan=True, tokens_per_iter=tokens // 4 // 64 * 64, max_iters=120)
     assert f"or stop earlier: --tokens-per-iter 64 --max-iters {20 * tokens // 64}\n" in output
 
 
