@@ -795,7 +795,8 @@ def test_what_is_no_tokenizer_of_ours_is_refused_with_the_file_to_name(master, t
     for wrong in (path, master, tmp_path / "no.model", tmp_path / "foreign.model", tmp_path / "spaces.model"):
         line = refused(path, tmp_path / "data", "--tokenizer", wrong)
         assert str(wrong) in line and "tok*.model of a prepared corpus" in line
-    assert "there is no file none.model for --tokenizer: pass the tok" in refused(path, tmp_path / "data", "--tokenizer", "none.model")
+    missing = refused(path, tmp_path / "data", "--tokenizer", "none.model")
+    assert "there is no file none.model for --tokenizer: pass the tok" in missing
     line = refused(path, tmp_path / "data", "--tokenizer", master / "tok400.model", "--vocab-size", 330)
     assert "330" in line and "400 tokens" in line and "omit --vocab-size" in line
     assert os.listdir(tmp_path / "data") == ["lock"]

@@ -480,7 +480,7 @@ def test_seconds_count_training_alone_and_tokens_per_second_are_those_of_the_las
 
 
 class Machine:
-    """One on which iterations, evaluations, stories and saves take the seconds that a test says, by a clock of its own."""
+    """One on which iterations, evaluations, stories and saves take known seconds, by a clock of its own."""
 
     def __init__(self, monkeypatch, iteration=1.0):
         self.clock, self.iteration, self.began = Clock(), iteration, None
