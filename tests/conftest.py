@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -39,7 +40,7 @@ def data(tmp_path_factory):
     """A prepared corpus: a few hundred stories of the built-in grammar."""
     import preprocess  # not at collection: most test files do without
     folder = tmp_path_factory.mktemp("corpus") / "data"
-    result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", "1",
-                                                  "--sample-rate", "0.5", "--data-dir", str(folder)])
+    with mock.patch.multiple(preprocess, TRAIN_STORIES=300, VAL_STORIES=300):
+        result = CliRunner().invoke(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--data-dir", str(folder)])
     assert result.exit_code == 0, result.output
     return folder

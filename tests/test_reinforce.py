@@ -3,6 +3,7 @@ import math
 import shutil
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,16 +30,17 @@ FEW = ["--prompts-per-iter", 2, "--group-size", 3, "--eval-prompts", 4, "--eval-
 def folders(tmp_path_factory):
     """(a corpus with word prompts, the out folder of a model that was trained on it for a moment)."""
     data, out = (tmp_path_factory.mktemp("words") / name for name in ("data", "out"))
-    commands = [(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--num-files", 2, "--sample-rate", 0.5,
-                                   "--word-prompts", 0.8, "--copies", 2, "--data-dir", data]),
+    commands = [(preprocess.main, ["prepare-dataset", "--dataset", "sample", "--word-prompts", 0.8, "--copies", 2,
+                                   "--data-dir", data]),
                 (train.main, ["--data-dir", data, "--out-dir", out, "--n-layer", 1, "--n-head", 2, "--n-embd", 16,
                               "--intermediate-size", 32, "--block-size", 96, "--position", "rotary", "--dropout", 0.5,
                               "--tokens-per-iter", 768, "--batch-size", 8, "--max-iters", 12, "--eval-interval", 12,
                               "--eval-tokens", 400, "--final-eval-tokens", 400, "--sample-tokens", 0, "--device",
                               "cpu"])]
-    for main, words in commands:
-        result = CliRunner().invoke(main, list(map(str, words)))
-        assert result.exit_code == 0, result.output
+    with mock.patch.multiple(preprocess, TRAIN_STORIES=600, VAL_STORIES=300):
+        for main, words in commands:
+            result = CliRunner().invoke(main, list(map(str, words)))
+            assert result.exit_code == 0, result.output
     return data, out
 
 
@@ -128,7 +130,7 @@ def test_training_prompts_name_words_of_one_training_story_none_held_out_and_hav
 def test_evaluation_asks_for_two_held_out_words_and_another_of_one_validation_story(corpus):
     known, held_out = set(corpus.meta["words"]), set(corpus.meta["held_out_words"])
     prompts = reinforce.held_out_prompts(corpus, known, held_out, 30, np.random.default_rng(0))
-    stories = [set(WORDS.findall(corpus.tokenizer.decode(corpus.val.story(i)))) for i in range(1000)]
+    stories = [set(WORDS.findall(corpus.tokenizer.decode(corpus.val.story(i)))) for i in range(len(corpus.val.story_starts))]
     assert len(prompts) == 30
     for prompt in prompts:
         assert len(set(prompt.words) & held_out) == 2 and len(set(prompt.words) & known) == 1
