@@ -108,7 +108,7 @@ def test_folders_of_any_name_a_locale_without_utf_8_no_fork_and_no_temporary_fol
                               ("train", [*RUN, 2, "--data-dir", data, "--out-dir", out]),
                               ("chat", ["--prompt", "é", "--max-new-tokens", 3, "--device", "cpu", "--out-dir", out]),
                               ("plot_loss", [out])):
-        assert "故事" in harness.run(script, arguments, (harness.another_system,)), "a pipe gets UTF-8"
+        assert "故事" in harness.run(script, arguments, (harness.another_system, tmp_path / "tmp")), "a pipe gets UTF-8"
     assert (out / "loss_curve.png").exists()
 
 

@@ -74,12 +74,12 @@ class Program:
         return "hang" if code is None else code, self.output.decode("utf-8", "replace")
 
 
-def another_system():
-    """Make the process one whose locale is not UTF-8, without fork and without a temporary folder."""
+def another_system(missing):
+    """Make the process one whose locale is not UTF-8, without fork, whose temporary folder is missing."""
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="cp1252", closefd=False) for n in (1, 2))
     multiprocessing.set_start_method("spawn", force=True)
     vars(os).pop("fork", None)
-    tempfile.tempdir = "not there"
+    tempfile.tempdir = str(missing)
 
 
 def run(script, arguments, prepare=None, code=0):
