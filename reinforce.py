@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import copy
 import itertools
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,8 @@ from config import (CONTEXT_SETTINGS, Command, ReinforceConfig, SampleConfig, Us
 from data import WORDS, Corpus, Validation, inflections, prepare_command, word_prompt, words_used, write_json
 from model import (autocast, choose_device, choose_dtype, load_checkpoint, out_of_memory_advice, prepare_for_inference,
                    save_checkpoint)
-from train import MetricsFile, StopRequest, estimate_loss, format_seconds, print0, refuse_other_tokenizer
+from train import (MetricsFile, StopRequest, clip_grad_norm, estimate_loss, format_seconds, print0,
+                   refuse_other_tokenizer)
 
 # A model that unlearned more than this to please the reward is not kept.
 MAX_VAL_LOSS_RISE = 0.03  # nats, of text without word prompts
@@ -220,7 +220,7 @@ def update(model, start_model, optimizer, scaler, stories, advantage, scale, con
         scaler.scale(loss).backward()
         kl_sum += kl
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = clip_grad_norm(model, config.grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -341,8 +341,8 @@ def main(init_from, overwrite, **given):
     model, checkpoint = load_checkpoint(init_from)
     corpus, out_dir = Corpus(config.data_dir), Path(config.out_dir)
     if "words" not in corpus.meta:
-        arguments = corpus.meta["arguments"]
-        arguments |= dict(word_prompts=0.2 if arguments.get("dataset") == "sample" else 0.8)
+        before = corpus.meta["arguments"]
+        arguments = before | dict(word_prompts=0.2 if before.get("dataset") == "sample" else 0.8)
         raise UserError(f"the corpus in {config.data_dir} was prepared without word prompts: run "
                         f"{prepare_command(f'{Path(config.data_dir)}-words', arguments)}, and train a model on it.")
     refuse_other_tokenizer(checkpoint, corpus, init_from, config.data_dir)

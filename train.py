@@ -200,7 +200,7 @@ def try_iteration(forward, batch_size, run, accum_steps=1):
     try:
         with torch.random.fork_rng(devices=[device] if cuda else []):
             compute_gradients(forward, run.batches(0, batch_size), accum_steps, run)
-        clip_grad_norm(run)
+        clip_grad_norm(run.model, run.config.grad_clip)
         run.optimizer.found_inf = torch.ones((), device=device)
         run.optimizer.step()
         return torch.cuda.max_memory_allocated(device) if cuda else 0
@@ -266,9 +266,9 @@ def compile_model(run, batch_size):
 
 def measure_iteration(forward, batch_size, accum_steps, run):
     """Seconds that an iteration takes, measured on some that change nothing."""
-    def seconds(accum_steps):
+    def seconds(steps):
         started = time.perf_counter()
-        try_iteration(forward, batch_size, run, accum_steps)
+        try_iteration(forward, batch_size, run, steps)
         if run.device.type != "cpu":
             torch.accelerator.synchronize(run.device)
         return time.perf_counter() - started
@@ -284,17 +284,14 @@ def measure_iteration(forward, batch_size, accum_steps, run):
     return statistics.median(times)
 
 
-def fit_hours(run, seconds_per_iter, pause):
-    """Set max_iters to what fits into the rest of --hours, until the learning rate decays, which depends on it.
-
-    `pause` are the seconds of an evaluation with its story and save; the last one reads other tokens besides.
-    """
+def fit_hours(run, seconds_per_iter):
+    """Set max_iters to what fits into the rest of --hours, until the learning rate decays, which depends on it."""
     config, state, val_tokens = run.config, run.state, len(run.corpus.val)
     if state.iter and state.iter >= config.max_iters * (1 - config.decay_fraction):
         return
     final_eval = run.eval_seconds * (config.final_eval_tokens or val_tokens) / (config.eval_tokens or val_tokens)
-    left = 3600 * config.hours - state.elapsed - pause - final_eval
-    max_iters = state.iter + max(1, int(left / (seconds_per_iter + pause / config.eval_interval)))
+    left = 3600 * config.hours - state.elapsed - run.pause_seconds - final_eval
+    max_iters = state.iter + max(1, int(left / (seconds_per_iter + run.pause_seconds / config.eval_interval)))
     if state.iter:  # the decay begins now at the earliest, as in a run that knows max_iters
         max_iters = max(max_iters, math.ceil(state.iter / (1 - config.decay_fraction)))
     if WORLD_SIZE > 1:  # all processes have to stop at the same iteration
@@ -365,7 +362,7 @@ class Log:
 
     def __init__(self, run):
         self.run, self.metrics = run, MetricsFile(run.out_dir / "metrics.jsonl")
-        self.lines = [(run.state.iter, run.state.seconds, time.monotonic())]  # at the start, and at each log line
+        self.times = [(run.state.iter, run.state.seconds, time.monotonic())]  # at the start, and at each log line
         self.line = ""
         self.bar = tqdm(total=run.config.max_iters, initial=run.state.iter, disable=None if RANK == 0 else True,
                         leave=False, dynamic_ncols=True,
@@ -380,22 +377,21 @@ class Log:
 
     def seconds_per_iter(self):
         """Mean of the later half of the log lines, without the first, which contains the warmup; None before."""
-        at, seconds, _ = self.lines[len(self.lines) // 2]
-        state = self.run.state
+        state, (at, seconds, _) = self.run.state, self.times[len(self.times) // 2]
         return (state.seconds - seconds) / (state.iter - at) if state.iter > at else None
 
     def log_training(self, loss, norm):
         """Write and show one line about the iterations since the last one."""
         run, config, state = self.run, self.run.config, self.run.state
-        at, seconds, _ = self.lines[-1]
+        at, seconds, _ = self.times[-1]
         rate = (state.iter - at) * config.tokens_per_iter / max(state.seconds - seconds, 1e-9)
         memory, lr = peak_memory_mib(run.device), run.optimizer.param_groups[-1]["lr"]
         self.write(train_loss=loss, lr=lr, grad_norm=norm, loss_scale=run.scaler.get_scale(), skipped=state.skipped,
                    tokens_per_second=round(rate), peak_memory_mib=memory)
-        self.lines.append((state.iter, state.seconds, time.monotonic()))
+        self.times.append((state.iter, state.seconds, time.monotonic()))
         line = f"loss {loss:.3f}"
-        if len(self.lines) > 2:  # by the wall clock, so evaluations count; since the first line, so compiling does not
-            at, _, then = self.lines[1]
+        if len(self.times) > 2:  # by the wall clock, so evaluations count; since the first line, so compiling does not
+            at, _, then = self.times[1]
             each = (time.monotonic() - then) / (state.iter - at)
             line += f", {format_seconds(each * (config.max_iters - state.iter))} left"
         line += f", {format_count(rate)} tokens/s, lr {lr:.1e}"  # a narrow terminal cuts the end
@@ -442,7 +438,8 @@ class Run:
         # Small float16 gradients would underflow without loss scaling; bfloat16 and float32 need none.
         self.scaler = torch.amp.GradScaler(self.device.type,
                                            enabled=self.dtype is torch.float16 and self.device.type == "cuda")
-        self.state, self.eval_seconds = TrainState(), 0.0
+        self.state = TrainState()
+        self.eval_seconds = self.pause_seconds = 0.0  # of the last evaluation alone; with its story and saves
 
     def batches(self, step, batch_size):
         """Yield (x, y) of this process from micro-batch number `step` on."""
@@ -542,7 +539,7 @@ def compute_gradients(forward, batches, accum_steps, run):
     iter_loss = torch.zeros((), device=run.device)
     with autocast(run.device, run.dtype):  # around all micro-batches, so that it converts the weights only once
         for micro_step, (x, y) in enumerate(itertools.islice(batches, accum_steps), 1):
-            if WORLD_SIZE > 1:  # DDP: all-reduce the gradients only in the last micro-batch
+            if isinstance(forward, DistributedDataParallel):  # all-reduce the gradients only in the last micro-batch
                 forward.require_backward_grad_sync = micro_step == accum_steps
             loss, text_loss = forward(x, y)
             run.scaler.scale(loss / accum_steps).backward()
@@ -550,8 +547,9 @@ def compute_gradients(forward, batches, accum_steps, run):
     return iter_loss
 
 
-def clip_grad_norm(run):
-    return torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
+def clip_grad_norm(model, max_norm):
+    """The norm of all gradients, which are scaled down to max_norm; 0 leaves them as they are."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
 
 
 def train(run, batch_size, stop, overwrite=False, plan=False):
@@ -563,12 +561,12 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
     is_compiled = forward is not run.training_loss
     forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
     batches = run.batches(state.iter * accum_steps, batch_size)
-    seconds_per_iter = pause = 0.0
+    seconds_per_iter = 0.0
     flops = 6 * run.model.count_parameters() * config.max_iters * config.tokens_per_iter
     if plan or config.hours or flops > LONG_FLOPS:
         seconds_per_iter = measure_iteration(forward, batch_size, accum_steps, run)
     if config.hours:
-        fit_hours(run, seconds_per_iter, pause)
+        fit_hours(run, seconds_per_iter)
     describe_plan(run, batch_size, seconds_per_iter)
     if plan:
         describe_measured(run, config.tokens_per_iter / seconds_per_iter, batch_size, is_compiled)
@@ -606,7 +604,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
                 run.save("ckpt.pt")
                 saved_at = time.monotonic()
             if eval_now:
-                pause = time.monotonic() - paused
+                run.pause_seconds = time.monotonic() - paused
             if state.iter == 0:
                 began = time.monotonic()
             state.elapsed = time.monotonic() - began
@@ -624,7 +622,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             dist.all_reduce(iter_loss)
             iter_loss /= WORLD_SIZE
         scaler.unscale_(optimizer)
-        norm = clip_grad_norm(run)
+        norm = clip_grad_norm(run.model, config.grad_clip)
         found_inf = 1 - (iter_loss + norm).isfinite().float()
         optimizer.found_inf = found_inf  # where GradScaler.step leaves it; here without a scaler too
         optimizer.step()
@@ -649,7 +647,7 @@ def train(run, batch_size, stop, overwrite=False, plan=False):
             state.loss_sum, state.loss_count = 0.0, 0
             if config.hours and (seconds_per_iter := log.seconds_per_iter()):
                 state.elapsed = time.monotonic() - began
-                fit_hours(run, seconds_per_iter, pause)
+                fit_hours(run, seconds_per_iter)
         if WORLD_SIZE == 1:
             stop_signal = stop.signal
         elif log_now:  # all processes have to stop at the same iteration

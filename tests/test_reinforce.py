@@ -341,9 +341,11 @@ def test_what_cannot_work_is_refused_with_what_to_type(folders, tmp_path):
     assert "would be replaced: pass another --out-dir" in run(folders, folders[1], "--overwrite", expect=1)
     plain = shutil.copytree(folders[0], tmp_path / "plain")
     meta = json.loads((plain / "meta.json").read_text(encoding="utf-8"))
-    (plain / "meta.json").write_text(json.dumps({name: meta[name] for name in meta if "words" not in name}))
-    proposed = run((plain, folders[1]), tmp_path / "new", expect=1)
-    assert "--word-prompts 0." in proposed and "plain-words" in proposed and "--overwrite" not in proposed
+    for dataset, share in ("sample", "0.2"), ("tales", "0.8"):
+        meta["arguments"]["dataset"] = dataset
+        (plain / "meta.json").write_text(json.dumps({name: meta[name] for name in meta if "words" not in name}))
+        proposed = run((plain, folders[1]), tmp_path / "new", expect=1)
+        assert f"--word-prompts {share}" in proposed and "plain-words" in proposed and "--overwrite" not in proposed
     other = tmp_path / "other"
     shutil.copytree(folders[1], other)
     model, checkpoint = load_checkpoint(other / "best.pt")

@@ -63,14 +63,14 @@ def test_a_training_that_always_saves_never_shows_a_torn_file_nor_lets_a_second_
 
 @posix
 def test_a_damaged_file_is_refused_in_one_line_repaired_or_makes_no_difference(tmp_path):
-    count, failures = corrupt.torture(3, seed=1, scratch=tmp_path)
+    count, failures = corrupt.torture(5, seed=1, scratch=tmp_path)
     assert not failures and count["refused in one line"] and count["no difference"]
 
 
 @posix
 def test_a_full_disk_harms_nothing_and_says_so(tmp_path):
-    count, failures = full_disk.torture(1, mounts=False, scratch=tmp_path)
-    assert not failures and count == {"corpus, limited files: refused": 1, "run, limited files: refused": 1}
+    count, failures = full_disk.torture(2, mounts=False, scratch=tmp_path)
+    assert not failures and count == {"corpus, limited files: refused": 2, "run, limited files: refused": 2}
 
 
 # -----------------------------------------------------------------------------

@@ -522,9 +522,14 @@ def test_a_run_with_a_time_ends_with_it_evaluations_stories_and_saves_included(d
     machine = Machine(monkeypatch)
     output = run_train(data, tmp_path, **TIMED)
     assert machine.seconds() == pytest.approx(120, abs=3)
-    assert took(output) == (saved(tmp_path)["state"]["iter"], 120)
+    elapsed, iters = saved(tmp_path)["state"]["elapsed"], saved(tmp_path)["state"]["iter"]
+    assert took(output) == (iters, 120) and 60 < iters < 120
     rates = [row["lr"] for row in training_lines(tmp_path)]
     assert rates[-1] < 0.1 * max(rates), "the learning rate has decayed"
+    first, final = (Validation(Corpus(data), 32, tokens, False).num_targets / 800 for tokens in (400, 4000))
+    last = first + final + 2 + 2 * 1  # the evaluations with a story and two saves
+    assert machine.seconds() - (elapsed + last) == pytest.approx(first), "the evaluation at 0: not counted"
+    assert machine.began > 0, "the measuring before it: neither"
 
 
 @pytest.mark.parametrize("change", [2.0, 0.5])
